@@ -1,0 +1,167 @@
+"""The one config, simclr_config.yml: how it reaches Hydra, and what each key may be."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data import DATASETS
+from errors import ConfigError
+from models import BACKBONES
+from optim import OPTIMIZERS
+
+CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
+DEVICES = ("auto", "cuda", "mps", "cpu")
+BASELINES = ("random", "pixels")
+
+Rule = tuple[Callable[[Any], bool], str]  # a test of the value, and what it allows in words
+
+
+def register_config() -> None:
+    """Give Hydra the YAML under the name `simclr_config`.
+
+    Hydra 1.2 and later look for `.yaml` only; a node in the ConfigStore is found whatever its
+    file is called. `per_256` is the linear scaling rule of the learning rate (App. B.1), which
+    OmegaConf, having no arithmetic, cannot write itself.
+    """
+    OmegaConf.register_new_resolver("per_256", _per_256, replace=True)
+    ConfigStore.instance().store(name="simclr_config", node=OmegaConf.load(CONFIG_FILE))
+
+
+def _per_256(base: float, batch_size: int) -> float:
+    return base * batch_size / 256
+
+
+def _one_of(names: tuple[str, ...]) -> Rule:
+    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+
+
+def _integer(low: int, high: float = math.inf) -> Rule:
+    allowed = f"an integer from {low}" + (f" to {high}" if high < math.inf else "")
+    return lambda value: type(value) is int and low <= value <= high, allowed
+
+
+def _number(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Rule:
+    """A finite number between `low` and `high`; `above` and `below` exclude the ends."""
+
+    def ok(value: Any) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        return (low < value if above else low <= value) and (
+            value < high if below else value <= high
+        )
+
+    allowed = f"a number {'above' if above else 'from'} {low:g}"
+    if high < math.inf:
+        allowed += f" {'and below' if below else 'to'} {high:g}"
+    return ok, allowed
+
+
+def _text() -> Rule:
+    return lambda value: isinstance(value, str) and bool(value.strip()), "a path"
+
+
+def _optional(rule: Rule) -> Rule:
+    return lambda value: value is None or rule[0](value), f"null or {rule[1]}"
+
+
+def _true_or_false() -> Rule:
+    return lambda value: isinstance(value, bool), "true or false"
+
+
+def _crop_scale() -> Rule:
+    share = _number(0, 1, above=True)[0]
+
+    def ok(value: Any) -> bool:
+        pair = isinstance(value, list) and len(value) == 2 and all(map(share, value))
+        return pair and value[0] <= value[1]
+
+    return ok, "two shares of the image's area, [smallest,largest], above 0 and at most 1"
+
+
+PROBABILITY = _number(0, 1)
+
+RULES: dict[str, Rule] = {
+    "dataset": _one_of(DATASETS),
+    "data_dir": _text(),
+    "image_size": _integer(8, 1024),
+    "workers": _integer(1, 1024),
+    "backbone": _one_of(tuple(BACKBONES)),
+    "projection_dim": _integer(1),
+    "hidden_dim": _integer(1),
+    "cifar_stem": _true_or_false(),
+    "crop_scale": _crop_scale(),
+    "flip_probability": PROBABILITY,
+    "color_strength": _number(0, 2.5),  # a hue shift of more than half a turn means nothing
+    "grayscale_probability": PROBABILITY,
+    "seed": _integer(0, 2**32 - 1),
+    "device": _one_of(DEVICES),
+    "batch_size": _integer(1),
+    "epochs": _integer(1),
+    "log_interval": _integer(1),
+    "temperature": _number(0, above=True),
+    "optimizer": _one_of(OPTIMIZERS),
+    "learning_rate": _number(0, above=True),
+    "min_learning_rate": _number(0),
+    "momentum": _number(0, 1, below=True),
+    "weight_decay": _number(0),
+    "checkpoint": _optional(_text()),
+    "load_epoch": _optional(_integer(1)),
+    "baseline": _optional(_one_of(BASELINES)),
+    "finetune_epochs": _integer(1),
+    "finetune_learning_rate": _number(0, above=True),
+}
+
+
+def check_config(cfg: DictConfig, peak: str) -> DictConfig:
+    """The same config with every value resolved, or ConfigError: key, value, what is allowed.
+
+    `peak` is the key of the learning rate from which the script's cosine starts.
+    """
+    values = {key: _checked(cfg, key) for key in RULES}  # batch_size before the rates it scales
+    if values["min_learning_rate"] > values[peak]:
+        raise ConfigError(
+            f"min_learning_rate={values['min_learning_rate']:g}: must be at most {peak}, "
+            f"{values[peak]:g}: lower the first or raise the second"
+        )
+    if values["checkpoint"] is not None and values["load_epoch"] is not None:
+        raise ConfigError(
+            f"load_epoch={values['load_epoch']}: must be null beside checkpoint="
+            f"{values['checkpoint']}, which names one file already: give one of the two"
+        )
+    return OmegaConf.create(values)
+
+
+def _checked(cfg: DictConfig, key: str) -> Any:
+    ok, allowed = RULES[key]
+    try:
+        value = OmegaConf.to_container(OmegaConf.create({key: cfg[key]}), resolve=True)[key]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: must be {allowed}; {error}") from None
+    if not ok(value):
+        raise ConfigError(f"{key}={value!r}: must be {allowed}")
+    return value
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the first there is of cuda, mps, cpu.
+
+    Raises ConfigError for one that this machine does not have.
+    """
+    found = [
+        torch.cuda.is_available() and "cuda",
+        torch.backends.mps.is_available() and "mps",
+        "cpu",
+    ]
+    found = [device for device in found if device]
+    if name not in ("auto", *found):
+        raise ConfigError(
+            f"device={name!r}: must be one that this machine has, {', '.join(found)}, "
+            "or auto, which takes the first of them"
+        )
+    return torch.device(found[0] if name == "auto" else name)

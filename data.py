@@ -1,0 +1,157 @@
+"""Datasets as one uint8 tensor: CIFAR-10, CIFAR-100, STL-10, digits, or a folder of images.
+
+The whole split is decoded once and then lives on the training device (CIFAR-10: 154 MB), so that
+no image passes through PIL or a loader process during training.
+"""
+
+import urllib.error
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+
+from errors import UserError
+
+DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
+DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
+
+
+class Split(NamedTuple):
+    """One split of a dataset."""
+
+    images: Tensor  # (N, 3, H, W), uint8
+    labels: Tensor  # (N,), int64 in [0, len(classes)); -1 where the split has no labels
+    classes: list[str]
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device), self.classes)
+
+
+def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers: int = 1) -> Split:
+    """The `split` of `dataset`: "pretrain", "train" or "test".
+
+    "pretrain" is the unlabelled split of STL-10 and the same as "train" elsewhere; no split
+    shares an image with "test". Images keep their own size, but for `folder`, whose images are
+    brought to (image_size, image_size) here. Nothing is written, except the download to
+    `data_dir`. Raises UserError, naming file and remedy, where data is missing or damaged.
+    """
+    if split not in ("pretrain", "train", "test"):
+        raise ValueError(f"unknown split {split!r}: choose one of pretrain, train, test")
+    if dataset == "digits":
+        return _digits(split)
+    if dataset == "folder":
+        return _folder(Path(data_dir), split, image_size, workers)
+    return _download(dataset, data_dir, split)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 (N, 3, H, W) -> float32 (N, 3, size, size) in [0, 1], bilinear and antialiased."""
+    x = images.float() / 255
+    if x.shape[-2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def _digits(split: str) -> Split:
+    """scikit-learn's 1,797 digits of 8×8 pixels; a fixed fifth of each class is the test set."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)  # 0 to 16
+    images = images[:, None].repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    index = torch.from_numpy(np.sort(test if split == "test" else train))
+    return Split(images[index], labels[index], [str(name) for name in digits.target_names])
+
+
+def _download(dataset: str, data_dir: str, split: str) -> Split:
+    """CIFAR or STL-10, downloaded, verified by checksum and unpacked by torchvision."""
+    source = DOWNLOADS[dataset]
+    archive = Path(data_dir).expanduser() / source.filename
+    if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
+        raise UserError(
+            f"{archive} is damaged or incomplete (its MD5 is not {source.tgz_md5}): "
+            f"delete it to download it again, or replace it with {source.url}"
+        )
+    try:
+        if dataset == "stl10":
+            name = {"pretrain": "unlabeled"}.get(split, split)
+            part = source(data_dir, split=name, download=True)
+            images, labels = part.data, part.labels
+        else:
+            part = source(data_dir, train=split != "test", download=True)
+            images, labels = part.data.transpose(0, 3, 1, 2), part.targets
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
+            "yourself; dataset=digits needs no download"
+        ) from None
+    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(part.classes))
+
+
+def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
+    """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name."""
+    root = data_dir.expanduser() / ("test" if split == "test" else "train")
+    classes = _classes(root)
+    if split == "test" and classes != (expected := _classes(root.with_name("train"))):
+        raise UserError(
+            f"{root} must have the classes of {root.with_name('train')}: "
+            f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
+        )
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (root / name).rglob("*") if _is_image(path))
+        if not found:
+            raise UserError(f"{root / name} has no image ({', '.join(IMG_EXTENSIONS)})")
+        files += found
+        labels += [label] * len(found)
+    with ThreadPoolExecutor(workers) as pool:
+        images = list(pool.map(lambda path: _decode(path, image_size), files))
+    return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels), classes)
+
+
+def _classes(root: Path) -> list[str]:
+    try:
+        classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    except OSError as error:
+        raise UserError(
+            f"{root} cannot be read ({error.strerror}): dataset=folder needs images in "
+            "data_dir/train/<class>/ and data_dir/test/<class>/"
+        ) from None
+    if not classes:
+        raise UserError(f"{root} has no folder in it: each class needs one, {root}/<class>/*.png")
+    return classes
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+
+
+def _decode(path: Path, size: int) -> np.ndarray:
+    """An image file of any size and mode as uint8 (3, size, size).
+
+    The shorter side is brought to `size` and the middle is cut out, so that nothing is distorted;
+    an RGB image of that size already is left as it is, to the bit.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from None
+    return np.asarray(image).transpose(2, 0, 1)

@@ -1,0 +1,61 @@
+"""What linear evaluation and kNN share: a frozen encoder, its features, accuracies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import resize
+
+
+@contextmanager
+def frozen(enc: nn.Module) -> Iterator[nn.Module]:
+    """The encoder in eval mode and without gradients; afterwards checked to be bit-identical.
+
+    Setting `requires_grad` on the module alone freezes nothing, and in train mode the statistics
+    of batch norm move: both made published "linear" results fine-tuning. Raises RuntimeError,
+    naming the tensors, if any parameter or buffer has changed.
+    """
+    enc.eval().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in enc.state_dict().items()}
+    yield enc
+    after = enc.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    if changed:
+        raise RuntimeError(f"the frozen encoder has changed: {', '.join(changed)}")
+
+
+@torch.no_grad()
+def extract_features(enc: nn.Module, images: Tensor, size: int, batch_size: int) -> Tensor:
+    """Features (N, D) of unaugmented uint8 images (N, 3, H, W), brought to (size, size).
+
+    Every image is seen once, in order; the last batch may be smaller.
+    """
+    return torch.cat([enc(resize(part, size)) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10
+) -> float:
+    """Share in [0, 1] of queries whose k nearest neighbours in the bank vote for their label.
+
+    bank: (M, D), queries: (N, D); nearest by cosine, each neighbour one vote, a tie goes to the
+    smallest label, as in scikit-learn. With fewer than k images in the bank all of them vote.
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    classes = int(bank_labels.max()) + 1
+    correct = 0
+    for part, wanted in zip(queries.float().split(1024), labels.split(1024), strict=True):
+        similarity = F.normalize(part, dim=1) @ bank.T  # n×M
+        nearest = similarity.topk(min(k, len(bank)), dim=1).indices  # n×k
+        votes = F.one_hot(bank_labels[nearest], classes).sum(dim=1)  # n×C
+        correct += (votes.argmax(dim=1) == wanted).sum().item()
+    return correct / len(labels)
+
+
+def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Share in [0, 1] of rows of logits (N, C) with the label (N,) among the k largest."""
+    return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()

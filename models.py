@@ -1,0 +1,102 @@
+"""The model and the loss of SimCLR (Chen et al. 2020, arXiv 2002.05709).
+
+h = enc(x)          representation, what is kept after pretraining
+z = projector(h)    projection, where the contrastive loss is applied
+nt_xent(z1, z2)     normalised temperature-scaled cross-entropy, Eq. 1
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18, resnet34, resnet50, resnet101, resnet152
+
+BACKBONES = {
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+}
+
+
+def resnet_encoder(backbone: str, cifar_stem: bool = True) -> nn.Module:
+    """A torchvision ResNet without pretrained weights and without `fc`: (N, 3, H, W) -> (N, D).
+
+    D is 512 for resnet18 and resnet34, 2048 for the others. `cifar_stem` replaces the first
+    convolution (7x7, stride 2) by one of 3x3, stride 1, padding 1 and drops the max-pool, so
+    that a 32x32 image is not reduced to 8x8 before the first residual block (App. B.9).
+    Raises ValueError for a name that is not in `BACKBONES`.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
+    enc = BACKBONES[backbone](weights=None)
+    if cifar_stem:
+        enc.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        # the initialisation that torchvision gives the other convolutions
+        nn.init.kaiming_normal_(enc.conv1.weight, mode="fan_out", nonlinearity="relu")
+        enc.maxpool = nn.Identity()
+    enc.fc = nn.Identity()
+    return enc
+
+
+class SimCLR(nn.Module):
+    """ResNet encoder and two-layer projection head (Sec. 2.1, Fig. 2).
+
+    The head has no batch norm. With the defaults the keys of the state dict are those of the
+    published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
+    torchvision ResNet with the same stem and `fc = nn.Identity()`.
+
+    Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h.
+    Raises ValueError for an unknown backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        projection_dim: int = 128,
+        hidden_dim: int = 2048,
+        cifar_stem: bool = True,
+    ) -> None:
+        super().__init__()
+        self.feature_dim = 512 if backbone in ("resnet18", "resnet34") else 2048
+        self.enc = resnet_encoder(backbone, cifar_stem)
+        self.projector = nn.Sequential(
+            nn.Linear(self.feature_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, projection_dim),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (N, 3, H, W), values in [0, 1]. Returns h: (N, D) and z: (N, projection_dim)."""
+        h = self.enc(x)  # N×D
+        z = self.projector(h)  # N×d
+        return h, z
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, Tensor]:
+    """NT-Xent, Eq. 1 of the paper, averaged over all 2N views (Algorithm 1).
+
+        l(i, j) = -log( exp(sim(z_i, z_j) / τ) / Σ_{k≠i} exp(sim(z_i, z_k) / τ) )
+
+    z1, z2: (N, d), N >= 1, of any floating type; row i of both comes from image i, and the other
+    2N-2 rows are its negatives. sim is the cosine, negative values included. Everything is
+    computed in float32, under autocast too: a half-precision softmax loses the small terms.
+
+    Returns two float32 scalars: the loss, log(2N-1) where all embeddings are the same, and,
+    detached, the contrastive accuracy: the share of views, in [0, 1], whose partner is the
+    most similar of the other 2N-1.
+    Raises ValueError if the shapes differ, are not (N, d), or the temperature is not positive.
+    """
+    if z1.shape != z2.shape or z1.dim() != 2 or len(z1) == 0:
+        raise ValueError(f"z1 and z2 must both be (N, d), N >= 1: {(*z1.shape,)}, {(*z2.shape,)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    n = len(z1)
+    with torch.autocast(z1.device.type, enabled=False):
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
+        similarity = (z / temperature) @ z.T  # 2N×2N
+        similarity.fill_diagonal_(float("-inf"))  # k ≠ i: no term for a view with itself
+        partner = torch.arange(2 * n, device=z.device).roll(n)  # i <-> N+i
+        loss = F.cross_entropy(similarity, partner)
+    accuracy = (similarity.detach().argmax(dim=1) == partner).float().mean()
+    return loss, accuracy

@@ -1,0 +1,39 @@
+"""The optimizer and its learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("sgd",)
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum; the learning rate is set at each step by `set_learning_rate`.
+
+    Weight decay applies to all parameters, as in the published repository.
+    Raises ValueError for a name that is not in `OPTIMIZERS`.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    return torch.optim.SGD(
+        parameters, lr=0.0, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+    )
+
+
+def cosine_learning_rate(step: int, total_steps: int, peak: float, floor: float) -> float:
+    """Half a cosine from `peak` at step 0 to `floor` at the last step, total_steps - 1.
+
+    A pure function of the global step: there is no scheduler state to save or to lose.
+    """
+    progress = step / max(1, total_steps - 1)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group this absolute rate (not a factor, as LambdaLR would want)."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,150 @@
+"""SimCLR pretraining (Chen et al. 2020, arXiv 2002.05709) on one GPU, or on a CPU.
+
+    python simclr.py backbone=resnet18                        # CIFAR-10, 1000 epochs
+    python simclr.py batch_size=256 temperature=0.1           # any key of simclr_config.yml
+    python simclr.py dataset=digits image_size=16 epochs=5    # needs no download
+
+Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run folder
+(logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch, and
+simclr_<backbone>_epoch<N>.pt for simclr_lin.py.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from augment import random_views
+from checkpoint import checkpoint_name, save_checkpoint
+from config import check_config, register_config, select_device
+from data import load_split
+from errors import ConfigError, UserError, one_line_errors
+from models import SimCLR, nt_xent
+from optim import cosine_learning_rate, make_optimizer, set_learning_rate
+
+log = logging.getLogger("simclr")
+
+
+def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
+    """Train an encoder with the checked config `cfg`; returns the metrics of the last epoch.
+
+    Everything random follows from cfg.seed. Raises ConfigError if the batch is larger than the
+    training set, UserError if the data cannot be had or `out_dir` holds a run already.
+    """
+    device = select_device(cfg.device)
+    refuse_used_folder(out_dir)
+    images = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers).images
+    if cfg.batch_size > len(images):
+        raise ConfigError(
+            f"batch_size={cfg.batch_size}: must be an integer from 1 to {len(images)}, "
+            "the number of training images"
+        )
+    images = images.to(device)  # N×3×H×W, uint8: the whole training set
+    torch.manual_seed(cfg.seed)  # initial weights
+    rng = torch.Generator(device).manual_seed(cfg.seed)  # order of the images, views
+    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(cfg.optimizer, model.parameters(), cfg.momentum, cfg.weight_decay)
+
+    OmegaConf.save(cfg, out_dir / "config.yaml")
+    log.info(f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device}, in {out_dir}")
+    steps = len(images) // cfg.batch_size  # the last, smaller batch of an epoch is left out
+    with tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar:
+        for epoch in range(1, cfg.epochs + 1):
+            metrics = train_epoch(cfg, epoch, model, optimizer, images, rng, bar)
+            with open(out_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if epoch % cfg.log_interval == 0 or epoch == cfg.epochs:
+                path = out_dir / checkpoint_name(cfg.backbone, epoch)
+                save_checkpoint(path, model, OmegaConf.to_container(cfg), epoch)
+    log.info(
+        f"epoch {epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
+        f"{metrics['contrastive_accuracy']:.1%}; saved {path}"
+    )
+    return metrics
+
+
+def train_epoch(
+    cfg: DictConfig,
+    epoch: int,
+    model: SimCLR,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    rng: torch.Generator,
+    bar: tqdm,
+) -> dict[str, float]:
+    """One pass over the images in a new random order (Algorithm 1); returns a metrics line."""
+    start = time.perf_counter()
+    steps = len(images) // cfg.batch_size
+    order = torch.randperm(len(images), device=images.device, generator=rng)
+    totals = torch.zeros(2, device=images.device)  # summed on the device: no sync a step
+    for i, batch in enumerate(order[: steps * cfg.batch_size].split(cfg.batch_size)):
+        x = images[batch].repeat(2, 1, 1, 1)  # 2N×3×H×W: rows i and N+i are one image
+        views = random_views(
+            x,
+            cfg.image_size,
+            tuple(cfg.crop_scale),
+            cfg.flip_probability,
+            cfg.color_strength,
+            cfg.grayscale_probability,
+            rng,
+        )  # 2N×3×S×S, each with its own parameters
+        _, z = model(views)  # h: 2N×D, z: 2N×d
+        loss, accuracy = nt_xent(*z.chunk(2), cfg.temperature)
+
+        step = (epoch - 1) * steps + i
+        learning_rate = cosine_learning_rate(
+            step, cfg.epochs * steps, cfg.learning_rate, cfg.min_learning_rate
+        )
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        totals += torch.stack([loss.detach(), accuracy])
+        if bar.update():  # true about once a second, when the bar is drawn: a sync then
+            bar.set_postfix_str(
+                f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}", False
+            )
+    mean_loss, mean_accuracy = (totals / steps).tolist()
+    seconds = time.perf_counter() - start
+    return {
+        "epoch": epoch,
+        "step": epoch * steps,
+        "loss": mean_loss,
+        "contrastive_accuracy": mean_accuracy,
+        "learning_rate": learning_rate,
+        "views_per_second": 2 * cfg.batch_size * steps / seconds,
+        "seconds": seconds,
+    }
+
+
+def refuse_used_folder(out_dir: Path) -> None:
+    """Raise UserError if `out_dir` holds a run: nothing is written over one."""
+    if (out_dir / "metrics.jsonl").exists():
+        raise UserError(
+            f"{out_dir} holds a run already: move it away, or choose another folder with "
+            "hydra.run.dir=PATH"
+        )
+
+
+register_config()
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
+def main(cfg: DictConfig) -> None:
+    """Check the config, then pretrain in Hydra's run folder."""
+    with one_line_errors():
+        cfg = check_config(cfg, peak="learning_rate")
+        pretrain(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()
