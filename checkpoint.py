@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from errors import UserError
+
+# What the zip reader and the restricted unpickler raise on bytes that torch.save did not write.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError)
 
 
 def checkpoint_name(backbone: str, epoch: int) -> str:
@@ -32,11 +36,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: there is {_listing(path.parent)}")
     try:
+        if not zipfile.is_zipfile(path):  # torch would read it as a bare pickle
+            raise ValueError("not a zip archive")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
-    if not isinstance(saved, dict) or not {"model", "config", "epoch"} <= saved.keys():
-        raise UserError(f"{path} was not written by simclr.py: it lacks model, config or epoch")
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
+    parts = {"model": dict, "config": dict, "epoch": int}
+    for key, kind in parts.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
+            raise UserError(f"{path} was not written by simclr.py: it has no {key}")
     return saved
 
 
@@ -64,7 +73,3 @@ def _epoch(path: Path, backbone: str) -> int | None:
 
 def _listing(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.glob("*.pt"))) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

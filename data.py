@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
 from errors import UserError
@@ -113,9 +112,9 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
         )
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if _is_image(path))
+        found = sorted(path for path in (root / name).rglob("[!.]*") if path.is_file())
         if not found:
-            raise UserError(f"{root / name} has no image ({', '.join(IMG_EXTENSIONS)})")
+            raise UserError(f"{root / name} has no image: add some, or remove the folder")
         files += found
         labels += [label] * len(found)
     with ThreadPoolExecutor(workers) as pool:
@@ -134,10 +133,6 @@ def _classes(root: Path) -> list[str]:
     if not classes:
         raise UserError(f"{root} has no folder in it: each class needs one, {root}/<class>/*.png")
     return classes
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
 
 
 def _decode(path: Path, size: int) -> np.ndarray:

@@ -32,6 +32,22 @@ from optim import cosine_learning_rate, make_optimizer, set_learning_rate
 log = logging.getLogger("simclr")
 
 
+def train_step(
+    model: SimCLR, optimizer: torch.optim.Optimizer, views: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
+
+    Returns the loss and the contrastive accuracy, detached scalars on the device.
+    """
+    _, z = model(views)  # h: 2N×D, z: 2N×d
+    z1, z2 = z.chunk(2)  # N×d each
+    loss, accuracy = nt_xent(z1, z2, temperature)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), accuracy
+
+
 def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
     """Train an encoder with the checked config `cfg`; returns the metrics of the last epoch.
 
@@ -46,7 +62,7 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
             f"batch_size={cfg.batch_size}: must be an integer from 1 to {len(images)}, "
             "the number of training images"
         )
-    images = images.to(device)  # N×3×H×W, uint8: the whole training set
+    images = images.to(device)  # M×3×H×W, uint8: the whole training set
     torch.manual_seed(cfg.seed)  # initial weights
     rng = torch.Generator(device).manual_seed(cfg.seed)  # order of the images, views
     model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem)
@@ -55,7 +71,7 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
 
     OmegaConf.save(cfg, out_dir / "config.yaml")
     log.info(f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device}, in {out_dir}")
-    steps = len(images) // cfg.batch_size  # the last, smaller batch of an epoch is left out
+    steps = len(images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
     with tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar:
         for epoch in range(1, cfg.epochs + 1):
             metrics = train_epoch(cfg, epoch, model, optimizer, images, rng, bar)
@@ -80,35 +96,28 @@ def train_epoch(
     rng: torch.Generator,
     bar: tqdm,
 ) -> dict[str, float]:
-    """One pass over the images in a new random order (Algorithm 1); returns a metrics line."""
+    """One pass over the images in a new random order; returns a line of metrics.jsonl."""
     start = time.perf_counter()
     steps = len(images) // cfg.batch_size
     order = torch.randperm(len(images), device=images.device, generator=rng)
     totals = torch.zeros(2, device=images.device)  # summed on the device: no sync a step
-    for i, batch in enumerate(order[: steps * cfg.batch_size].split(cfg.batch_size)):
-        x = images[batch].repeat(2, 1, 1, 1)  # 2N×3×H×W: rows i and N+i are one image
+    for i in range(steps):
+        batch = images[order[i * cfg.batch_size : (i + 1) * cfg.batch_size]]  # N×3×H×W
         views = random_views(
-            x,
+            batch.repeat(2, 1, 1, 1),  # 2N×3×H×W, each row with parameters of its own
             cfg.image_size,
             tuple(cfg.crop_scale),
             cfg.flip_probability,
             cfg.color_strength,
             cfg.grayscale_probability,
             rng,
-        )  # 2N×3×S×S, each with its own parameters
-        _, z = model(views)  # h: 2N×D, z: 2N×d
-        loss, accuracy = nt_xent(*z.chunk(2), cfg.temperature)
-
-        step = (epoch - 1) * steps + i
+        )
         learning_rate = cosine_learning_rate(
-            step, cfg.epochs * steps, cfg.learning_rate, cfg.min_learning_rate
+            (epoch - 1) * steps + i, cfg.epochs * steps, cfg.learning_rate, cfg.min_learning_rate
         )
         set_learning_rate(optimizer, learning_rate)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-        totals += torch.stack([loss.detach(), accuracy])
+        loss, accuracy = train_step(model, optimizer, views, cfg.temperature)
+        totals += torch.stack([loss, accuracy])
         if bar.update():  # true about once a second, when the bar is drawn: a sync then
             bar.set_postfix_str(
                 f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}", False
@@ -120,7 +129,7 @@ def train_epoch(
         "step": epoch * steps,
         "loss": mean_loss,
         "contrastive_accuracy": mean_accuracy,
-        "learning_rate": learning_rate,
+        "learning_rate": learning_rate,  # of the epoch's last step
         "views_per_second": 2 * cfg.batch_size * steps / seconds,
         "seconds": seconds,
     }

@@ -61,19 +61,21 @@ def evaluate(
     torch.manual_seed(cfg.seed)  # weights of the linear layer and of baseline=random
     enc = build_encoder(saved, checkpoint, cfg.baseline).to(device)
 
+    name = f"baseline {cfg.baseline}" if cfg.baseline else f"{checkpoint}, epoch {saved['epoch']}"
+    log.info(f"{name}: {trained['backbone']} at {size} px on {cfg.dataset}, {device}")
     with frozen(enc):
         bank = extract_features(enc, train.images, size, cfg.batch_size)  # M×D
-        features = extract_features(enc, test.images, size, cfg.batch_size)  # N×D
         head = train_linear_layer(cfg, enc, train, bank.shape[1], size)
+        features = extract_features(enc, test.images, size, cfg.batch_size)  # N×D, no augmentation
     with torch.no_grad():
-        logits = head(features)  # N×C: every test image, once
+        logits = head(features)  # N×C: every test image, once, at the end
     results = {
         "linear_acc": top_k_accuracy(logits, test.labels, 1),
         "linear_top5": top_k_accuracy(logits, test.labels, 5) if len(test.classes) >= 10 else None,
         "knn_acc": knn_accuracy(bank, train.labels, features, test.labels),
         "epoch": saved["epoch"] if cfg.baseline is None else None,
         "checkpoint": str(checkpoint),
-        "backbone": trained["backbone"],
+        "backbone": trained["backbone"] if cfg.baseline != "pixels" else None,
         "dataset": cfg.dataset,
         "baseline": cfg.baseline,
     }
@@ -102,11 +104,11 @@ def build_encoder(saved: dict[str, Any], path: Path, baseline: str | None) -> nn
     """
     if baseline == "pixels":
         return nn.Flatten()
-    model = SimCLR(**{key: saved["config"][key] for key in ARCHITECTURE if key != "image_size"})
     try:
+        model = SimCLR(**{key: saved["config"][key] for key in ARCHITECTURE if key != "image_size"})
         if baseline is None:
             model.load_state_dict(saved["model"])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its weights do not fit its config ({error})") from None
     return model.enc.to(memory_format=torch.channels_last)
 
@@ -118,7 +120,7 @@ def train_linear_layer(
     device = train.images.device
     rng = torch.Generator(device).manual_seed(cfg.seed)  # order of the images, crops and flips
     head = nn.Linear(feature_dim, len(train.classes)).to(device)
-    optimizer = make_optimizer(cfg.optimizer, head.parameters(), cfg.momentum, weight_decay=0.0)
+    optimizer = make_optimizer("sgd", head.parameters(), cfg.momentum, weight_decay=0.0)
     steps = math.ceil(len(train.images) / cfg.batch_size)  # the last, smaller batch counts too
     total_steps = cfg.finetune_epochs * steps
     with tqdm(total=total_steps, unit="step", mininterval=1) as bar:

@@ -1,0 +1,79 @@
+"""Checkpoints: found, refused, never executed."""
+
+import pickle
+
+import pytest
+import torch
+
+from checkpoint import checkpoint_name, find_checkpoint, load_checkpoint, save_checkpoint
+from errors import UserError
+from models import SimCLR
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with checkpoints of epochs 9, 10 and, of another backbone, 11."""
+    model = torch.nn.Linear(2, 2)
+    for backbone, epoch in (("resnet18", 9), ("resnet18", 10), ("resnet34", 11)):
+        save_checkpoint(tmp_path / checkpoint_name(backbone, epoch), model, {"seed": 1}, epoch)
+    return tmp_path
+
+
+def test_what_is_saved_is_loaded(saved):
+    content = load_checkpoint(saved / "simclr_resnet18_epoch9.pt")
+    assert content["epoch"] == 9 and content["config"] == {"seed": 1}
+    assert set(content["model"]) == {"weight", "bias"}
+    assert not list(saved.glob("*.tmp"))
+
+
+def test_the_newest_epoch_is_the_largest_number(saved):
+    assert find_checkpoint(saved, "resnet18", None).name == "simclr_resnet18_epoch10.pt"
+    assert find_checkpoint(saved, "resnet18", 9).name == "simclr_resnet18_epoch9.pt"
+
+
+@pytest.mark.parametrize(("backbone", "epoch"), [("resnet18", 7), ("resnet50", None)])
+def test_a_missing_checkpoint_is_an_error_that_lists_those_there_are(saved, backbone, epoch):
+    with pytest.raises(UserError) as error:
+        find_checkpoint(saved, backbone, epoch)
+    for path in saved.glob("*.pt"):
+        assert path.name in str(error.value)
+    assert backbone in str(error.value) and "checkpoint=PATH" in str(error.value)
+    with pytest.raises(UserError, match=r"no checkpoint .*nosuch\.pt.*epoch9\.pt"):
+        load_checkpoint(saved / "nosuch.pt")
+    with pytest.raises(UserError, match="none"):
+        find_checkpoint(saved / "nowhere", backbone, epoch)
+
+
+class Trap:
+    """Unpickled, it would create the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    trap = Trap(tmp_path / "sprung")
+    torch.save({"model": {}, "config": {}, "epoch": 1, "extra": trap}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(trap))
+    for name in ("zip.pt", "plain.pt"):
+        with pytest.raises(UserError, match=f"{name} is damaged or no checkpoint"):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_damaged_and_foreign_files_are_refused(saved, tmp_path):
+    whole = (saved / "simclr_resnet18_epoch9.pt").read_bytes()
+    for name, content in {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"hello"}.items():
+        (tmp_path / f"{name}.pt").write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.pt is damaged or no checkpoint"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+    foreign = {"weights": SimCLR(projection_dim=2, hidden_dim=2).state_dict(), "list": [1]}
+    for name, content in foreign.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError, match=r"not written by simclr\.py: it has no model"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(tmp_path)

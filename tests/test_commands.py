@@ -1,0 +1,106 @@
+"""The command lines, as a user types them, each in a process of its own at toy size."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+TOY = ["dataset=digits", "image_size=8", "batch_size=256", "device=cpu"]
+
+
+def command(folder, script, *overrides):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *overrides],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def succeed(folder, script, *overrides):
+    done = command(folder, script, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done
+
+
+def refuse(folder, code, script, *overrides):
+    """One line on stderr, no traceback, no file left behind; returns the line."""
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    done = command(folder, script, *overrides)
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
+    return lines[0]
+
+
+def test_pretraining_and_linear_evaluation_by_name(tmp_path):
+    run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
+    line = refuse(tmp_path, 1, "simclr_lin.py", "backbone=resnet18", *TOY)
+    assert "no checkpoint of resnet18" in line and "there is none" in line
+
+    succeed(tmp_path, "simclr.py", "backbone=resnet18", "epochs=2", "log_interval=1", *TOY)
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "simclr.log",
+        "simclr_resnet18_epoch1.pt", "simclr_resnet18_epoch2.pt",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+    lin = ["simclr_lin.py", "backbone=resnet18", "dataset=digits", "batch_size=256"]
+    done = succeed(tmp_path, *lin, "finetune_epochs=1")
+    results = json.loads((run / "results.json").read_text())
+    assert results["epoch"] == 2 and results["dataset"] == "digits"
+    assert 0 <= results["linear_acc"] <= results["linear_top5"] <= 1
+    said = f"linear {results['linear_acc']:.2%}, top-5 {results['linear_top5']:.2%}"
+    assert said in done.stdout and f"kNN {results['knn_acc']:.2%}" in done.stdout
+    assert said in (run / "simclr_lin.log").read_text()
+
+    succeed(tmp_path, *lin, "finetune_epochs=1", "load_epoch=1")
+    assert json.loads((run / "results.json").read_text())["epoch"] == 1
+    line = refuse(tmp_path, 1, *lin, "load_epoch=7")
+    assert "simclr_resnet18_epoch1.pt, simclr_resnet18_epoch2.pt" in line
+    line = refuse(tmp_path, 1, "simclr.py", "epochs=1", *TOY)
+    assert "holds a run already" in line
+    line = refuse(tmp_path, 2, *lin, "image_size=16")
+    assert "image_size=16: must be 8" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("temperature=-1", 2, "temperature=-1: must be a number above 0"),
+        ("batch_size=2000", 2, "batch_size=2000: must be an integer from 1 to 1437"),
+        ("dataset=folder", 1, "train cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(tmp_path, override, code, message):
+    assert message in refuse(tmp_path, code, "simclr.py", *TOY, override)
+
+
+def test_an_unknown_key_is_hydras_to_refuse(tmp_path):
+    done = command(tmp_path, "simclr.py", "batchsize=3")
+    assert done.returncode == 1 and "Key 'batchsize' is not in struct" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_cfg_and_help_print_the_config_and_run_nothing(tmp_path):
+    for script in ("simclr.py", "simclr_lin.py"):
+        shown = succeed(tmp_path, script, "--cfg", "job", "--resolve", "batch_size=256").stdout
+        assert "learning_rate: 0.3\n" in shown and "backbone: resnet18\n" in shown
+    shown = succeed(tmp_path, "simclr.py", "--help").stdout
+    assert "temperature: 0.5" in shown and "simclr_config.yml" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_gives_each_job_a_folder_named_after_its_overrides(tmp_path):
+    succeed(tmp_path, "simclr.py", "-m", "temperature=0.1,0.5", "epochs=1", *TOY)
+    found = sorted((tmp_path / "logs").rglob("metrics.jsonl"))
+    assert len(found) == 2
+    for path, temperature in zip(found, ("0.1", "0.5"), strict=True):
+        assert f"temperature={temperature}" in path.parent.name
+        assert f"temperature: {temperature}\n" in (path.parent / "config.yaml").read_text()

@@ -1,0 +1,181 @@
+"""The YAML: its defaults, that code reads every key, and what is refused."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from config import CONFIG_FILE, RULES, select_device
+from errors import ConfigError, one_line_errors
+
+KEYS = [key for key in OmegaConf.load(CONFIG_FILE) if key != "hydra"]
+
+
+def test_defaults(config):
+    cfg = config()
+    given = {
+        "dataset": "cifar10", "data_dir": "data", "backbone": "resnet18", "projection_dim": 128,
+        "seed": 42, "batch_size": 512, "workers": 16, "epochs": 1000, "log_interval": 50,
+        "optimizer": "sgd", "learning_rate": 0.6, "momentum": 0.9, "weight_decay": 1e-6,
+        "temperature": 0.5, "finetune_epochs": 100, "load_epoch": None, "device": "auto",
+        "image_size": 32, "min_learning_rate": 1e-3, "finetune_learning_rate": 0.2,
+        "crop_scale": [0.08, 1.0], "color_strength": 0.5, "grayscale_probability": 0.2,
+        "flip_probability": 0.5, "checkpoint": None,
+    }  # fmt: skip
+    assert {key: cfg[key] for key in given} == given
+
+
+def test_every_key_has_a_rule_a_reason_and_a_reader():
+    scripts = "simclr.py", "simclr_lin.py"
+    read = {
+        node.attr
+        for script in scripts
+        for node in ast.walk(ast.parse(CONFIG_FILE.with_name(script).read_text()))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"
+    }
+    assert set(KEYS) == set(RULES)
+    assert set(KEYS) == read  # neither a key that nothing reads, nor one that is not there
+    lines = CONFIG_FILE.read_text().split("hydra:")[0].splitlines()
+    bare = [line for line in lines if re.match(r"\w+:", line) and "#" not in line]
+    assert {line.split(":")[0] for line in bare} <= {"momentum", "grayscale_probability"}
+
+
+def test_learning_rates_follow_the_batch_size_unless_set_by_hand(config):
+    cfg = config("batch_size=128")
+    assert (cfg.learning_rate, cfg.finetune_learning_rate) == pytest.approx((0.15, 0.05))
+    cfg = config("batch_size=128", "learning_rate=0.5")
+    assert (cfg.learning_rate, cfg.finetune_learning_rate) == pytest.approx((0.5, 0.05))
+
+
+BAD = [
+    ("batch_size", "0", "integer from 1"),
+    ("batch_size", "-512", "integer from 1"),
+    ("batch_size", "abc", "integer from 1"),
+    ("batch_size", "1.5", "integer from 1"),
+    ("batch_size", "true", "integer from 1"),
+    ("batch_size", "null", "integer from 1"),
+    ("temperature", "0", "above 0"),
+    ("temperature", "-0.5", "above 0"),
+    ("temperature", "nan", "above 0"),
+    ("temperature", "inf", "above 0"),
+    ("temperature", "'0.5'", "above 0"),
+    ("backbone", "resnet19", "resnet18, resnet34, resnet50, resnet101, resnet152"),
+    ("backbone", "''", "resnet18"),
+    ("dataset", "imagenet", "cifar10, cifar100, stl10, digits, folder"),
+    ("device", "tpu", "auto, cuda, mps, cpu"),
+    ("optimizer", "adam", "sgd"),
+    ("crop_scale", "[0,1]", "above 0 and at most 1"),
+    ("crop_scale", "[0.5,1.2]", "above 0 and at most 1"),
+    ("crop_scale", "[0.8,0.2]", "[smallest,largest]"),
+    ("crop_scale", "0.5", "two shares"),
+    ("epochs", "0", "integer from 1"),
+    ("finetune_epochs", "0", "integer from 1"),
+    ("log_interval", "0", "integer from 1"),
+    ("workers", "0", "integer from 1"),
+    ("image_size", "4", "integer from 8"),
+    ("projection_dim", "0", "integer from 1"),
+    ("hidden_dim", "x", "integer from 1"),
+    ("cifar_stem", "maybe", "true or false"),
+    ("flip_probability", "1.1", "from 0 to 1"),
+    ("grayscale_probability", "-0.1", "from 0 to 1"),
+    ("color_strength", "3", "from 0 to 2.5"),
+    ("seed", "-1", "integer from 0"),
+    ("seed", "1e3", "integer from 0"),
+    ("learning_rate", "0", "above 0"),
+    ("min_learning_rate", "-1", "from 0"),
+    ("momentum", "1", "from 0 and below 1"),
+    ("weight_decay", "-1e-6", "from 0"),
+    ("data_dir", "' '", "a path"),
+    ("load_epoch", "0", "null or an integer from 1"),
+    ("checkpoint", "''", "null or a path"),
+    ("baseline", "supervised", "null or one of random, pixels"),
+    ("finetune_learning_rate", "zero", "above 0"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD)
+def test_an_impossible_value_is_refused_with_key_value_and_what_is_allowed(
+    config, key, value, allowed
+):
+    with pytest.raises(ConfigError) as error:
+        config(f"{key}={value}")
+    message = str(error.value)
+    typed = OmegaConf.from_dotlist([f"{key}={value}"])[key]
+    unquoted = message.replace("'", "")
+    assert unquoted.startswith(f"{key}={typed}: must be ".replace("'", "")) and allowed in message
+    assert "\n" not in message
+
+
+def test_every_rule_is_among_the_refusals():
+    assert {key for key, _, _ in BAD} == set(RULES)
+
+
+@pytest.mark.parametrize("value", ["${nosuch:1}", "${nosuch}", "${oc.env:NO_SUCH_VARIABLE}"])
+def test_an_interpolation_that_leads_nowhere_is_refused(config, value):
+    with pytest.raises(
+        ConfigError, match=r"learning_rate: must be a number above 0; .*(?i:no_?such)"
+    ):
+        config(f"learning_rate={value}")
+
+
+def test_the_cosine_may_not_climb(config):
+    with pytest.raises(
+        ConfigError, match=r"min_learning_rate=0\.001: must be at most learning_rate"
+    ):
+        config("learning_rate=1e-4")
+
+
+def test_an_unknown_key_is_refused(config):
+    with pytest.raises(ConfigCompositionException, match="batchsize"):
+        config("batchsize=3")
+
+
+def test_checkpoint_and_load_epoch_exclude_each_other(config):
+    with pytest.raises(ConfigError, match=r"load_epoch=3.*checkpoint=x\.pt"):
+        config("checkpoint=x.pt", "load_epoch=3")
+
+
+def test_the_cosine_of_the_linear_layer_may_not_climb_either(config):
+    config("finetune_learning_rate=1e-4")  # of no concern to pretraining
+    with pytest.raises(ConfigError, match="at most finetune_learning_rate"):
+        config("finetune_learning_rate=1e-4", peak="finetune_learning_rate")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert select_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"device='cuda'.*cpu"):
+        select_device("cuda")
+
+
+def test_auto_prefers_cuda_then_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert select_device("auto").type == "cuda"
+    assert select_device("cpu").type == "cpu"
+
+
+def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise ConfigError("a=1: must be\n   2")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: a=1: must be 2\n"
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        1 / 0  # noqa: B018
+
+
+def test_no_module_evaluates_text_or_unpickles():
+    """Pitfall 24: no eval, exec or pickle.load; torch.load with weights_only=True."""
+    for path in Path(CONFIG_FILE.parent).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node)
+                assert not re.match(r"(eval|exec|pickle\.loads?)\(", call), (path, call)
+                assert not call.startswith("torch.load(") or "weights_only=True" in call

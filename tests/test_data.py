@@ -1,0 +1,245 @@
+"""Every dataset: splits, labels, what is refused; CIFAR from a small archive in its own format."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
+
+from data import load_split, resize
+from errors import UserError
+
+
+def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
+    train, test = (load_split("digits", "unused", split, 32) for split in ("train", "test"))
+    assert train.images.shape == (1437, 3, 8, 8) and test.images.shape == (360, 3, 8, 8)
+    assert train.images.dtype == torch.uint8 and train.images.max() == 255
+    rows = torch.cat([train.images, test.images])[:, 0].flatten(1)
+    source = (torch.from_numpy(load_digits().images) * 255 / 16).round().flatten(1)
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, source.int().tolist()))
+    share = test.labels.bincount() / torch.cat([train.labels, test.labels]).bincount()
+    assert (share - 0.2).abs().max() < 0.01
+    again = load_split("digits", "unused", "pretrain", 32)
+    assert torch.equal(again.images, train.images)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+def write_cifar(monkeypatch, root, dataset=CIFAR10, damage=False):
+    """A 30-image archive in CIFAR's format, and torchvision told its checksums."""
+    rng = np.random.default_rng(0)
+    names = [f"name{n}" for n in range(10)]
+    label_key = "labels" if dataset is CIFAR10 else "fine_labels"
+    batches = {}
+    for part in [name for name, _ in dataset.train_list + dataset.test_list]:
+        pixels = rng.integers(0, 256, (5, 3072), dtype=np.uint8)
+        content = {"data": pixels, label_key: rng.integers(0, 10, 5).tolist()}
+        batches[part] = pickle.dumps(content)
+    meta = pickle.dumps({dataset.meta["key"]: names})
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in [*batches.items(), (dataset.meta["filename"], meta)]:
+            info = tarfile.TarInfo(f"{dataset.base_folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for attribute in ("train_list", "test_list"):
+        parts = [[name, digest(batches[name])] for name, _ in getattr(dataset, attribute)]
+        monkeypatch.setattr(dataset, attribute, parts)
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": digest(meta)})
+    monkeypatch.setattr(dataset, "tgz_md5", digest(archive.getvalue()))
+    root.mkdir(parents=True, exist_ok=True)
+    (root / dataset.filename).write_bytes(archive.getvalue()[: -100 if damage else None])
+    return {name: pickle.loads(content) for name, content in batches.items()}
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_cifar_is_read_from_its_archive_and_train_is_not_test(monkeypatch, tmp_path, name, dataset):
+    batches = write_cifar(monkeypatch, tmp_path, dataset)
+    for split, parts in (("train", dataset.train_list), ("test", dataset.test_list)):
+        found = load_split(name, str(tmp_path), split, 32)
+        pixels = np.concatenate([batches[part]["data"] for part, _ in parts])
+        assert np.array_equal(found.images.numpy(), pixels.reshape(-1, 3, 32, 32))
+        key = "labels" if dataset is CIFAR10 else "fine_labels"
+        labels = [label for part, _ in parts for label in batches[part][key]]
+        assert found.labels.tolist() == labels
+        assert found.classes == [f"name{n}" for n in range(10)]
+    pretrain = load_split(name, str(tmp_path), "pretrain", 32)
+    assert len(pretrain.images) == 5 * len(dataset.train_list)
+
+
+class Trap:
+    """Unpickled, it would create the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_damaged_archive_is_refused_and_not_unpacked(monkeypatch, tmp_path):
+    write_cifar(monkeypatch, tmp_path, damage=True)
+    before = (tmp_path / CIFAR10.filename).read_bytes()
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is damaged.*MD5.*delete it"):
+        load_split("cifar10", str(tmp_path), "train", 32)
+    assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.filename]
+    assert (tmp_path / CIFAR10.filename).read_bytes() == before
+
+
+def test_a_batch_with_another_checksum_is_replaced_not_unpickled(monkeypatch, tmp_path):
+    write_cifar(monkeypatch, tmp_path)
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    (folder / "data_batch_1").write_bytes(trap)
+    assert len(load_split("cifar10", str(tmp_path), "train", 32).images) == 25
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_no_data_and_no_network_says_what_to_put_where(monkeypatch, tmp_path, name):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(UserError) as error:
+        load_split(name, str(tmp_path / "data"), "pretrain", 32)
+    for part in ("could not fetch http", "no network", ".tar.gz", "data", "dataset=digits"):
+        assert part in str(error.value)
+
+
+def test_stl10_pretrains_on_its_unlabelled_split_and_never_swaps_train_and_test(
+    monkeypatch, tmp_path
+):
+    folder = tmp_path / STL10.base_folder
+    folder.mkdir()
+    sizes = {"train": 2, "unlabeled": 4, "test": 3}
+    value = {"train": 10, "unlabeled": 20, "test": 30}
+    lists = {"train_list": [], "test_list": []}
+    for split, n in sizes.items():
+        parts = {f"{split}_X.bin": np.full((n, 3, 96, 96), value[split], np.uint8)}
+        if split != "unlabeled":
+            parts[f"{split}_y.bin"] = np.arange(1, n + 1, dtype=np.uint8)
+        for file, content in parts.items():
+            (folder / file).write_bytes(content.tobytes())
+            kind = "test_list" if split == "test" else "train_list"
+            lists[kind].append([file, digest(content.tobytes())])
+    (folder / STL10.class_names_file).write_text("\n".join(f"name{n}" for n in range(10)))
+    monkeypatch.setattr(STL10, "train_list", [lists["train_list"][i] for i in (0, 1, 2)])
+    monkeypatch.setattr(STL10, "test_list", lists["test_list"])
+    found = {name: load_split("stl10", str(tmp_path), name, 96) for name in ("train", "test")}
+    pretrain = load_split("stl10", str(tmp_path), "pretrain", 96)
+    assert (len(pretrain.images), pretrain.images.unique().tolist()) == (4, [20])
+    assert pretrain.labels.unique().tolist() == [-1]
+    assert (len(found["train"].images), found["train"].images.unique().tolist()) == (2, [10])
+    assert (len(found["test"].images), found["test"].images.unique().tolist()) == (3, [30])
+    assert found["test"].labels.tolist() == [0, 1, 2]
+
+
+def snapshot(root):
+    return {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_folder_reads_any_size_and_mode_and_writes_nothing(tmp_path):
+    sizes = {"wide": (40, 20), "tall": (20, 40), "dot": (1, 1), "exact": (16, 16)}
+    rng = np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA", "P", "1", "CMYK", "LA")
+    for name, (width, height) in sizes.items():
+        folder = tmp_path / "train" / f"{name} ä"
+        folder.mkdir(parents=True)
+        for mode in modes:
+            pixels = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            file = folder / f"{mode} ü.{'jpg' if mode == 'CMYK' else 'png'}"
+            pixels.convert("L" if mode == "LA" else "RGB").convert(mode).save(file)
+    before = snapshot(tmp_path)
+    found = load_split("folder", str(tmp_path), "train", 16, workers=4)
+    assert found.images.shape == (28, 3, 16, 16) and found.images.dtype == torch.uint8
+    assert found.classes == sorted(f"{name} ä" for name in sizes)
+    assert found.labels.tolist() == sorted([0, 1, 2, 3] * len(modes))
+    assert snapshot(tmp_path) == before
+
+
+def test_folder_keeps_images_of_the_right_size_and_does_not_distort_others(write_images, tmp_path):
+    write_images(tmp_path, classes=1, train=2)
+    file = tmp_path / "train" / "class0" / "0.png"
+    found = load_split("folder", str(tmp_path), "train", 12)
+    assert np.array_equal(found.images[0].permute(1, 2, 0), np.asarray(Image.open(file)))
+    stripes = np.zeros((32, 96, 3), np.uint8)
+    stripes[:, 32:64] = 255  # a white square in the middle of a wide black image
+    Image.fromarray(stripes).save(file)
+    assert load_split("folder", str(tmp_path), "train", 16).images[0].min() > 200
+
+
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(folder / "ramp.png")
+    image = load_split("folder", str(tmp_path), "train", 16).images[0, 0]
+    assert (image.flatten().float() - torch.arange(256)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30], ids=["empty", "text", "cut"]
+)
+def test_an_unreadable_file_is_named(write_images, tmp_path, content):
+    write_images(tmp_path, train=2)
+    bad = tmp_path / "train" / "class1" / "bad.png"
+    bad.write_bytes(content)
+    with pytest.raises(UserError, match=r"class1/bad.png cannot be read as an image"):
+        load_split("folder", str(tmp_path), "train", 8, workers=2)
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "x.jpg")
+    content = (folder / "x.jpg").read_bytes()
+    (folder / "x.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"x\.jpg cannot be read"):
+        load_split("folder", str(tmp_path), "train", 8)
+
+
+def test_missing_and_empty_folders_are_named(write_images, tmp_path):
+    with pytest.raises(UserError, match=r"train cannot be read \(No such file"):
+        load_split("folder", str(tmp_path), "train", 8)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="has no folder in it"):
+        load_split("folder", str(tmp_path), "train", 8)
+    (tmp_path / "train" / "cats").mkdir()
+    with pytest.raises(UserError, match="cats has no image"):
+        load_split("folder", str(tmp_path), "train", 8)
+
+
+def test_train_and_test_must_have_the_same_classes(write_images, tmp_path):
+    write_images(tmp_path, classes=3, train=1)
+    write_images(tmp_path, classes=2, test=1)
+    assert load_split("folder", str(tmp_path), "train", 8).classes == [
+        f"class{n}" for n in range(3)
+    ]
+    with pytest.raises(UserError, match=r"must have the classes of .*train.*class2"):
+        load_split("folder", str(tmp_path), "test", 8)
+
+
+def test_resize_leaves_the_right_size_alone_and_antialiases():
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(resize(x, 32), x.float() / 255)
+    checkers = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 255
+    small = resize(checkers.to(torch.uint8).expand(1, 3, 32, 32), 8)
+    assert (small - 0.5).abs().max() < 0.1 and small.shape == (1, 3, 8, 8)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="pretrain, train, test"):
+        load_split("digits", "", "valid", 8)

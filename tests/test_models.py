@@ -1,0 +1,182 @@
+"""The architecture against torchvision, NT-Xent against a slow transcription of Algorithm 1."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from models import BACKBONES, SimCLR, nt_xent
+
+
+def algorithm_1(z1: np.ndarray, z2: np.ndarray, temperature: float) -> float:
+    """Algorithm 1 of the paper, line by line, in float64: z_{2k-1}, z_{2k} are one image."""
+    n = len(z1)
+    z = np.empty((2 * n, z1.shape[1]))
+    z[0::2], z[1::2] = z1, z2
+
+    def s(i: int, j: int) -> float:
+        return z[i] @ z[j] / (np.linalg.norm(z[i]) * np.linalg.norm(z[j]))
+
+    def ell(i: int, j: int) -> float:
+        others = sum(math.exp(s(i, k) / temperature) for k in range(2 * n) if k != i)
+        return -math.log(math.exp(s(i, j) / temperature) / others)
+
+    return sum(ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k) for k in range(n)) / (2 * n)
+
+
+def pairs(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    z1, z2 = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed))
+    return z1, 0.5 * z1 + z2  # related, some of the cosines negative
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 33])
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_nt_xent_is_algorithm_1(n, temperature):
+    z1, z2 = pairs(n, 5)
+    loss, _ = nt_xent(z1, z2, temperature)
+    expected = algorithm_1(z1.double().numpy(), z2.double().numpy(), temperature)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_gradient_is_that_of_algorithm_1():
+    """By central differences of the transcription, for every coordinate of both views."""
+    z1, z2 = (z.requires_grad_() for z in pairs(4, 3))
+    nt_xent(z1, z2, 0.5)[0].backward()
+    values = [z.detach().double().numpy() for z in (z1, z2)]
+    for view, z in enumerate((z1, z2)):
+        for index in np.ndindex(4, 3):
+            losses = []
+            for change in (1e-5, -1e-5):
+                moved = [value.copy() for value in values]
+                moved[view][index] += change
+                losses.append(algorithm_1(*moved, 0.5))
+            numeric = (losses[0] - losses[1]) / 2e-5
+            assert z.grad[index].item() == pytest.approx(numeric, abs=1e-5)
+
+
+def test_a_positive_pair_with_negative_cosine_is_pulled_together():
+    z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    z2 = torch.tensor([[-1.0, 0.2], [0.2, -1.0]])
+    nt_xent(z1, z2)[0].backward()
+    assert (z1.grad * z2).sum(dim=1).max() < 0  # a step against the gradient raises the cosine
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 512])
+def test_identical_embeddings_give_log_of_the_number_of_candidates(n):
+    z = torch.ones(n, 4)
+    assert nt_xent(z, z)[0].item() == pytest.approx(math.log(2 * n - 1), abs=1e-5)
+
+
+def test_low_temperature_does_not_overflow():
+    z1, z2 = pairs(16, 8)
+    z1, z2 = z1.requires_grad_(), z2
+    loss, _ = nt_xent(z1, z2, 1e-3)  # exp(1000) is infinite in float32
+    loss.backward()
+    assert loss.isfinite() and z1.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_computed_in_float32_under_autocast(dtype):
+    z1, z2 = (z.to(dtype) for z in pairs(32, 16))
+    expected = algorithm_1(z1.double().numpy(), z2.double().numpy(), 0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        loss, _ = nt_xent(z1, z2, 0.1)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_accuracy_is_the_share_of_views_whose_partner_is_nearest():
+    z = torch.eye(4)
+    z1 = z.clone().requires_grad_()
+    loss, accuracy = nt_xent(z1, z)
+    assert accuracy.item() == 1 and not accuracy.requires_grad and loss.requires_grad
+    z2 = z.clone()
+    z2[[0, 1]] = z2[[1, 0]]  # the partners of 0 and 1 exchanged: 4 of 8 views are wrong
+    assert nt_xent(z, z2)[1].item() == 0.5
+    torch.manual_seed(0)
+    chance = nt_xent(*torch.randn(2, 256, 64))[1].item()
+    assert chance < 0.03
+
+
+@pytest.mark.parametrize(
+    ("shape1", "shape2", "temperature"),
+    [((2, 3), (3, 3), 0.5), ((0, 3), (0, 3), 0.5), ((3,), (3,), 0.5), ((2, 3), (2, 3), 0.0)],
+)
+def test_nt_xent_refuses_what_eq_1_does_not_define(shape1, shape2, temperature):
+    with pytest.raises(ValueError, match=r"z1 and z2|temperature"):
+        nt_xent(torch.ones(shape1), torch.ones(shape2), temperature)
+
+
+def published_keys() -> set[str]:
+    """The state-dict keys of p3i0t/SimCLR-CIFAR10: a torchvision resnet18 as `enc`, no `fc`."""
+    enc = {f"enc.{key}" for key in resnet18().state_dict() if not key.startswith("fc.")}
+    return enc | {f"projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+
+
+def test_defaults_have_the_keys_and_shapes_of_the_published_checkpoints():
+    weights = SimCLR().state_dict()
+    assert set(weights) == published_keys()
+    assert weights["enc.conv1.weight"].shape == (64, 3, 3, 3)
+    assert weights["projector.0.weight"].shape == (2048, 512)
+    assert weights["projector.2.bias"].shape == (128,)
+
+
+def test_encoder_loads_strictly_into_a_torchvision_resnet_and_gives_the_same_h():
+    model = SimCLR().eval()
+    plain = resnet18()
+    plain.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    plain.maxpool = plain.fc = nn.Identity()
+    weights = model.state_dict().items()
+    enc = {key.removeprefix("enc."): value for key, value in weights if key.startswith("enc.")}
+    plain.load_state_dict(enc, strict=True)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(plain.eval()(x), model(x)[0])
+
+
+@pytest.mark.parametrize(("backbone", "feature_dim"), [("resnet18", 512), ("resnet50", 2048)])
+def test_forward_gives_h_and_z(backbone, feature_dim):
+    model = SimCLR(backbone, projection_dim=16, hidden_dim=32).eval()
+    with torch.no_grad():
+        h, z = model(torch.rand(2, 3, 32, 32))
+    assert model.feature_dim == feature_dim
+    assert h.shape == (2, feature_dim) and z.shape == (2, 16)
+    assert torch.equal(model.projector(h), z)
+
+
+def first_map(cifar_stem: bool) -> torch.Size:
+    """The size of what reaches the first residual block for a 32×32 image."""
+    seen = []
+    model = SimCLR(cifar_stem=cifar_stem).eval()
+    model.enc.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    with torch.no_grad():
+        model(torch.rand(1, 3, 32, 32))
+    return seen[0]
+
+
+def test_cifar_stem_keeps_the_resolution_and_the_other_does_not():
+    assert first_map(cifar_stem=True) == (1, 64, 32, 32)
+    assert first_map(cifar_stem=False) == (1, 64, 8, 8)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_is_without_fc_and_has_its_feature_dim(backbone):
+    with torch.device("meta"):
+        model = SimCLR(backbone)
+    assert isinstance(model.enc.fc, nn.Identity)
+    assert model.enc.layer4[-1](torch.zeros(1, model.feature_dim, 2, 2, device="meta")).shape[
+        1
+    ] == (model.feature_dim)
+
+
+def test_head_has_no_batch_norm():
+    assert [type(layer) for layer in SimCLR().projector] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("name", ["resnet19", "__import__('os')", ""])
+def test_an_unknown_backbone_is_refused_with_the_list(name):
+    with pytest.raises(ValueError, match="resnet18, resnet34, resnet50, resnet101, resnet152"):
+        SimCLR(name)

@@ -1,0 +1,223 @@
+"""Pretraining by really running it: what the optimizer, the views and the files are."""
+
+import json
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import simclr
+from checkpoint import load_checkpoint
+from errors import ConfigError, UserError
+from models import SimCLR, nt_xent
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every optimizer step, read where the optimizer uses it."""
+    used = []
+    step = torch.optim.SGD.step
+
+    def record(self, *args, **kwargs):
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    return used
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """run("epochs=3", …): pretrain at toy size; returns the run folder."""
+    folders = []
+
+    def pretrain(*overrides):
+        folders.append(tmp_path / f"run{len(folders)}")
+        folders[-1].mkdir()
+        simclr.pretrain(toy(*overrides), folders[-1])
+        return folders[-1]
+
+    return pretrain
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_optimizer_uses_the_cosine_from_learning_rate_to_min_learning_rate(run, rates):
+    folder = run("epochs=3", "learning_rate=0.6")
+    total = 3 * 3  # 24 images, batch 8
+    expected = [
+        0.001 + 0.599 * (1 + math.cos(math.pi * step / (total - 1))) / 2 for step in range(total)
+    ]
+    assert rates == pytest.approx(expected)
+    assert (rates[0], rates[-1]) == pytest.approx((0.6, 0.001))
+    assert [line["learning_rate"] for line in metrics(folder)] == rates[2::3]
+
+
+def test_the_same_seed_gives_the_same_run_to_the_last_bit(run):
+    first, second, other = run(), run(), run("seed=43")
+    keys = "epoch", "step", "loss", "contrastive_accuracy", "learning_rate"
+    lines = [[[line[key] for key in keys] for line in metrics(f)] for f in (first, second, other)]
+    assert lines[0] == lines[1] != lines[2]
+    weights = [
+        load_checkpoint(folder / "simclr_resnet18_epoch2.pt")["model"]
+        for folder in (first, second, other)
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not torch.equal(weights[0]["enc.conv1.weight"], weights[2]["enc.conv1.weight"])
+
+
+def test_metrics_have_one_line_an_epoch(run):
+    lines = metrics(run("epochs=3"))
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    for line in lines:
+        assert set(line) == {
+            "epoch", "step", "loss", "contrastive_accuracy", "learning_rate",
+            "views_per_second", "seconds",
+        }  # fmt: skip
+        assert 0 < line["loss"] < 2 * math.log(15) and 0 <= line["contrastive_accuracy"] <= 1
+        assert line["views_per_second"] * line["seconds"] == pytest.approx(2 * 8 * 3)
+
+
+def test_checkpoints_every_log_interval_and_at_the_end_as_plain_data(run, toy):
+    folder = run("epochs=5", "log_interval=2", "projection_dim=16", "hidden_dim=32")
+    names = [f"simclr_resnet18_epoch{epoch}.pt" for epoch in (2, 4, 5)]
+    assert sorted(path.name for path in folder.glob("*.pt*")) == names
+    saved = torch.load(folder / names[-1], weights_only=True)
+    assert saved["epoch"] == 5 and saved["config"] == dict(
+        toy("epochs=5", "log_interval=2", "projection_dim=16", "hidden_dim=32")
+    )
+    SimCLR("resnet18", 16, 32).load_state_dict(saved["model"], strict=True)
+
+
+def test_steps_on_one_batch_lower_the_loss_below_that_of_a_collapsed_encoder():
+    torch.manual_seed(0)
+    model = SimCLR()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x = torch.rand(8, 3, 8, 8)
+    views = torch.cat([x, x + 0.1 * torch.rand_like(x)])
+    steps = [simclr.train_step(model, optimizer, views, 0.5) for _ in range(12)]
+    assert steps[-1][0] < math.log(15) - 0.5 and steps[-1][1] == 1
+    assert not steps[0][0].requires_grad
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """(images given to the augmentation, views it returned) for every step."""
+    seen = []
+    random_views = simclr.random_views
+
+    def record(images, *args):
+        views = random_views(images, *args)
+        seen.append((images, views))
+        return views
+
+    monkeypatch.setattr(simclr, "random_views", record)
+    return seen
+
+
+def test_rows_i_and_n_plus_i_are_two_different_views_of_one_image(run, batches):
+    run("image_size=12")
+    for images, views in batches:
+        assert images.shape == views.shape == (16, 3, 12, 12)
+        assert torch.equal(images[:8], images[8:])
+        assert (views[:8] - views[8:]).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_the_loss_gets_the_two_views_of_an_image_in_the_same_row(run, batches, monkeypatch):
+    seen, outputs = [], []
+    embed = SimCLR.forward
+
+    def loss(z1, z2, temperature):
+        seen.append((z1, z2, temperature))
+        return nt_xent(z1, z2, temperature)
+
+    monkeypatch.setattr(simclr, "nt_xent", loss)
+
+    def forward(self, x):
+        outputs.append((x, embed(self, x)))
+        return outputs[-1][1]
+
+    monkeypatch.setattr(SimCLR, "forward", forward)
+    run("epochs=1", "temperature=0.3")
+    for (x, (_, z)), (z1, z2, temperature), (_, views) in zip(outputs, seen, batches, strict=True):
+        assert torch.equal(x, views) and temperature == 0.3
+        assert torch.equal(z1, z[:8]) and torch.equal(z2, z[8:])
+
+
+def test_an_epoch_sees_each_image_once_in_a_new_order(run, batches):
+    run()
+    epochs = [torch.cat([images[:8] for images, _ in batches[i : i + 3]]) for i in (0, 3)]
+    rows = [list(map(tuple, epoch.flatten(1).tolist())) for epoch in epochs]
+    assert len(set(rows[0])) == 24 and set(rows[0]) == set(rows[1]) and rows[0] != rows[1]
+
+
+def test_the_config_reaches_the_augmentation(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        simclr,
+        "random_views",
+        lambda images, size, *args: (
+            seen.append((size, *args[:-1])) or torch.rand(len(images), 3, size, size)
+        ),
+    )
+    run(
+        "image_size=9",
+        "crop_scale=[0.3,0.7]",
+        "flip_probability=0.1",
+        "color_strength=0.7",
+        "grayscale_probability=0.4",
+    )
+    assert set(seen) == {(9, (0.3, 0.7), 0.1, 0.7, 0.4)}
+
+
+def test_the_config_reaches_the_optimizer(run, monkeypatch):
+    groups = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD,
+        "step",
+        lambda self, *args: groups.append(self.param_groups[0]) or step(self, *args),
+    )
+    run("epochs=1", "momentum=0.5", "weight_decay=0.01")
+    assert {(g["momentum"], g["weight_decay"], g["nesterov"]) for g in groups} == {
+        (0.5, 0.01, True)
+    }
+
+
+def test_only_the_pretraining_split_is_read(run, monkeypatch):
+    splits = []
+    load_split = simclr.load_split
+    monkeypatch.setattr(
+        simclr, "load_split", lambda *args: splits.append(args[2]) or load_split(*args)
+    )
+    run()
+    assert splits == ["pretrain"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24])
+def test_any_batch_size_up_to_the_training_set_runs(run, batch_size):
+    lines = metrics(run(f"batch_size={batch_size}", "epochs=1"))
+    assert lines[0]["step"] == 24 // batch_size and math.isfinite(lines[0]["loss"])
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(toy, tmp_path):
+    with pytest.raises(ConfigError, match=r"batch_size=25: must be an integer from 1 to 24"):
+        simclr.pretrain(toy("batch_size=25"), tmp_path)
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
+    folder = run()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"holds a run already.*hydra\.run\.dir"):
+        simclr.pretrain(toy(), folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_resolved_config_is_beside_the_run(run, toy):
+    folder = run("temperature=0.2")
+    assert OmegaConf.load(folder / "config.yaml") == toy("temperature=0.2")
