@@ -42,7 +42,7 @@ def _one_of(names: tuple[str, ...]) -> Rule:
 
 
 def _integer(low: int, high: float = math.inf) -> Rule:
-    allowed = f"an integer from {low}" + (f" to {high}" if high < math.inf else "")
+    allowed = f"an integer from {low} {f'to {high}' if high < math.inf else 'up'}"
     return lambda value: type(value) is int and low <= value <= high, allowed
 
 
@@ -123,6 +123,9 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
 
     `peak` is the key of the learning rate from which the script's cosine starts.
     """
+    for key in cfg:  # Hydra refuses an unknown key itself, unless it is added with +key=value
+        if key not in RULES:
+            raise ConfigError(f"{key}: no such key; there are {', '.join(RULES)}")
     values = {key: _checked(cfg, key) for key in RULES}  # batch_size before the rates it scales
     if values["min_learning_rate"] > values[peak]:
         raise ConfigError(
@@ -142,7 +145,7 @@ def _checked(cfg: DictConfig, key: str) -> Any:
     try:
         value = OmegaConf.to_container(OmegaConf.create({key: cfg[key]}), resolve=True)[key]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: must be {allowed}; {error}") from None
+        raise ConfigError(f"{key}: must be {allowed}; {str(error).splitlines()[0]}") from None
     if not ok(value):
         raise ConfigError(f"{key}={value!r}: must be {allowed}")
     return value

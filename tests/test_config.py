@@ -132,6 +132,10 @@ def test_the_cosine_may_not_climb(config):
 def test_an_unknown_key_is_refused(config):
     with pytest.raises(ConfigCompositionException, match="batchsize"):
         config("batchsize=3")
+    with pytest.raises(ConfigError, match=r"batchsize: no such key; there are .*batch_size"):
+        config("+batchsize=3")
+    with pytest.raises(ConfigError, match="temperature: must be a number above 0"):
+        config("~temperature")
 
 
 def test_checkpoint_and_load_epoch_exclude_each_other(config):
