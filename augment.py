@@ -1,8 +1,8 @@
 """SimCLR's augmentations (App. A) as batched tensor operations.
 
 Every operation takes one set of parameters per image of the batch and has static shapes, so
-a whole batch of views is made on the device at once. The operations are torchvision's own,
-and so are the distributions of their parameters; the tests compare both.
+a whole batch of views is made on the device at once. They compute what torchvision's
+operations do, with parameters from the same distributions; the tests compare both.
 """
 
 import math
@@ -156,7 +156,7 @@ def color_jitter(x: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """(N, 3, H, W) -> the same shape, the luma in all three channels (a view, not a copy)."""
+    """(N, 3, H, W) -> the same shape, the luma in all three channels."""
     red, green, blue = x.unbind(dim=1)
     luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     return luma[:, None].expand_as(x)

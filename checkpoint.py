@@ -22,9 +22,13 @@ def checkpoint_name(backbone: str, epoch: int) -> str:
 
 
 def save_checkpoint(path: Path, model: nn.Module, config: dict[str, Any], epoch: int) -> None:
-    """Write {"model": state dict, "config": plain dict, "epoch": int}, whole or not at all."""
+    """Write {"model": state dict, "config": plain dict, "epoch": int}, whole or not at all.
+
+    The weights are written as CPU tensors, to be read where there is no GPU.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
-    torch.save({"model": model.state_dict(), "config": config, "epoch": epoch}, temporary)
+    torch.save({"model": weights, "config": config, "epoch": epoch}, temporary)
     os.replace(temporary, path)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DATASETS
-from errors import ConfigError
+from errors import ConfigError, one_line_errors
 from models import BACKBONES
 from optim import OPTIMIZERS
 
@@ -63,7 +65,8 @@ def _number(low: float, high: float = math.inf, above: bool = False, below: bool
 
 
 def _text() -> Rule:
-    return lambda value: isinstance(value, str) and bool(value.strip()), "a path"
+    allowed = "a path, in quotes of its own if it looks like a number"
+    return lambda value: isinstance(value, str) and bool(value.strip()), allowed
 
 
 def _optional(rule: Rule) -> Rule:
@@ -92,8 +95,8 @@ RULES: dict[str, Rule] = {
     "image_size": _integer(8, 1024),
     "workers": _integer(1, 1024),
     "backbone": _one_of(tuple(BACKBONES)),
-    "projection_dim": _integer(1),
-    "hidden_dim": _integer(1),
+    "projection_dim": _integer(1, 65536),
+    "hidden_dim": _integer(1, 65536),
     "cifar_stem": _true_or_false(),
     "crop_scale": _crop_scale(),
     "flip_probability": PROBABILITY,
@@ -118,26 +121,43 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_config(cfg: DictConfig, peak: str) -> DictConfig:
-    """The same config with every value resolved, or ConfigError: key, value, what is allowed.
+class CheckConfig(Callback):
+    """Hydra calls this before it makes the run folder: a refused run leaves nothing behind."""
 
-    `peak` is the key of the learning rate from which the script's cosine starts.
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check every value; end the process in one line if one is not allowed."""
+        with one_line_errors():
+            check_values(config)
+
+
+def check_values(cfg: DictConfig) -> DictConfig:
+    """The same config, less Hydra's own block, with every value resolved.
+
+    Raises ConfigError: the key, its value and what is allowed.
     """
     for key in cfg:  # Hydra refuses an unknown key itself, unless it is added with +key=value
-        if key not in RULES:
+        if key not in RULES and key != "hydra":
             raise ConfigError(f"{key}: no such key; there are {', '.join(RULES)}")
-    values = {key: _checked(cfg, key) for key in RULES}  # batch_size before the rates it scales
-    if values["min_learning_rate"] > values[peak]:
+    return OmegaConf.create({key: _checked(cfg, key) for key in RULES})
+
+
+def check_config(cfg: DictConfig, peak: str) -> DictConfig:
+    """`check_values`, and that the cosine from the learning rate `cfg[peak]` goes down.
+
+    `peak` is "learning_rate" or "finetune_learning_rate". Raises ConfigError.
+    """
+    cfg = check_values(cfg)
+    if cfg.min_learning_rate > cfg[peak]:
         raise ConfigError(
-            f"min_learning_rate={values['min_learning_rate']:g}: must be at most {peak}, "
-            f"{values[peak]:g}: lower the first or raise the second"
+            f"min_learning_rate={cfg.min_learning_rate:g}: must be at most {peak}, which is "
+            f"{cfg[peak]:g} (it follows batch_size unless set)"
         )
-    if values["checkpoint"] is not None and values["load_epoch"] is not None:
+    if cfg.checkpoint is not None and cfg.load_epoch is not None:
         raise ConfigError(
-            f"load_epoch={values['load_epoch']}: must be null beside checkpoint="
-            f"{values['checkpoint']}, which names one file already: give one of the two"
+            f"load_epoch={cfg.load_epoch}: must be null beside checkpoint={cfg.checkpoint}, "
+            "which names one file already: give one of the two"
         )
-    return OmegaConf.create(values)
+    return cfg
 
 
 def _checked(cfg: DictConfig, key: str) -> Any:
@@ -149,6 +169,12 @@ def _checked(cfg: DictConfig, key: str) -> Any:
     if not ok(value):
         raise ConfigError(f"{key}={value!r}: must be {allowed}")
     return value
+
+
+def run_folder() -> Path:
+    """Hydra's output folder, relative to the working directory where it lies below it."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def select_device(name: str) -> torch.device:

@@ -4,8 +4,8 @@ The whole split is decoded once and then lives on the training device (CIFAR-10:
 no image passes through PIL or a loader process during training.
 """
 
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
         else:
             part = source(data_dir, train=split != "test", download=True)
             images, labels = part.data.transpose(0, 3, 1, 2), part.targets
-    except (urllib.error.URLError, OSError, RuntimeError, EOFError) as error:
+    except (OSError, HTTPException, RuntimeError, EOFError) as error:  # URLError is an OSError
         raise UserError(
             f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
             "yourself; dataset=digits needs no download"
@@ -112,7 +112,7 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
         )
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("[!.]*") if path.is_file())
+        found = sorted(path for path in (root / name).rglob("*") if _is_visible_file(path, root))
         if not found:
             raise UserError(f"{root / name} has no image: add some, or remove the folder")
         files += found
@@ -124,7 +124,8 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
 
 def _classes(root: Path) -> list[str]:
     try:
-        classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+        folders = (path for path in root.iterdir() if path.is_dir())
+        classes = sorted(path.name for path in folders if not path.name.startswith("."))
     except OSError as error:
         raise UserError(
             f"{root} cannot be read ({error.strerror}): dataset=folder needs images in "
@@ -133,6 +134,11 @@ def _classes(root: Path) -> list[str]:
     if not classes:
         raise UserError(f"{root} has no folder in it: each class needs one, {root}/<class>/*.png")
     return classes
+
+
+def _is_visible_file(path: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.is_file() and not hidden
 
 
 def _decode(path: Path, size: int) -> np.ndarray:
@@ -147,6 +153,6 @@ def _decode(path: Path, size: int) -> np.ndarray:
             if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
                 image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's decoders raises what it likes
         raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from None
     return np.asarray(image).transpose(2, 0, 1)

@@ -19,35 +19,18 @@ BACKBONES = {
 }
 
 
-def resnet_encoder(backbone: str, cifar_stem: bool = True) -> nn.Module:
-    """A torchvision ResNet without pretrained weights and without `fc`: (N, 3, H, W) -> (N, D).
-
-    D is 512 for resnet18 and resnet34, 2048 for the others. `cifar_stem` replaces the first
-    convolution (7x7, stride 2) by one of 3x3, stride 1, padding 1 and drops the max-pool, so
-    that a 32x32 image is not reduced to 8x8 before the first residual block (App. B.9).
-    Raises ValueError for a name that is not in `BACKBONES`.
-    """
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
-    enc = BACKBONES[backbone](weights=None)
-    if cifar_stem:
-        enc.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        # the initialisation that torchvision gives the other convolutions
-        nn.init.kaiming_normal_(enc.conv1.weight, mode="fan_out", nonlinearity="relu")
-        enc.maxpool = nn.Identity()
-    enc.fc = nn.Identity()
-    return enc
-
-
 class SimCLR(nn.Module):
     """ResNet encoder and two-layer projection head (Sec. 2.1, Fig. 2).
 
-    The head has no batch norm. With the defaults the keys of the state dict are those of the
-    published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
+    The encoder is torchvision's, without pretrained weights and without `fc`. `cifar_stem`
+    replaces its first convolution (7×7, stride 2) by one of 3×3, stride 1, padding 1 and drops
+    the max-pool, so that a 32×32 image is not down to 8×8 before the first residual block
+    (App. B.9). The head has no batch norm. With the defaults the keys of the state dict are those
+    of the published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
     torchvision ResNet with the same stem and `fc = nn.Identity()`.
 
-    Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h.
-    Raises ValueError for an unknown backbone.
+    Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
+    for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
     """
 
     def __init__(
@@ -58,8 +41,16 @@ class SimCLR(nn.Module):
         cifar_stem: bool = True,
     ) -> None:
         super().__init__()
-        self.feature_dim = 512 if backbone in ("resnet18", "resnet34") else 2048
-        self.enc = resnet_encoder(backbone, cifar_stem)
+        if backbone not in BACKBONES:
+            raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
+        self.enc = BACKBONES[backbone](weights=None)
+        self.feature_dim = self.enc.fc.in_features
+        self.enc.fc = nn.Identity()
+        if cifar_stem:
+            self.enc.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            # the initialisation that torchvision gives the other convolutions
+            nn.init.kaiming_normal_(self.enc.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.enc.maxpool = nn.Identity()
         self.projector = nn.Sequential(
             nn.Linear(self.feature_dim, hidden_dim),
             nn.ReLU(),

@@ -11,19 +11,19 @@ simclr_<backbone>_epoch<N>.pt for simclr_lin.py.
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
 import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from augment import random_views
 from checkpoint import checkpoint_name, save_checkpoint
-from config import check_config, register_config, select_device
+from config import check_config, register_config, run_folder, select_device
 from data import load_split
 from errors import ConfigError, UserError, one_line_errors
 from models import SimCLR, nt_xent
@@ -75,6 +75,11 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
     with tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar:
         for epoch in range(1, cfg.epochs + 1):
             metrics = train_epoch(cfg, epoch, model, optimizer, images, rng, bar)
+            if not math.isfinite(metrics["loss"]):
+                raise UserError(
+                    f"the loss is {metrics['loss']} in epoch {epoch}, which is not saved: "
+                    f"lower learning_rate ({cfg.learning_rate:g}) or raise temperature"
+                )
             with open(out_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
             if epoch % cfg.log_interval == 0 or epoch == cfg.epochs:
@@ -119,9 +124,8 @@ def train_epoch(
         loss, accuracy = train_step(model, optimizer, views, cfg.temperature)
         totals += torch.stack([loss, accuracy])
         if bar.update():  # true about once a second, when the bar is drawn: a sync then
-            bar.set_postfix_str(
-                f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}", False
-            )
+            said = f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}"
+            bar.set_postfix_str(said, refresh=False)
     mean_loss, mean_accuracy = (totals / steps).tolist()
     seconds = time.perf_counter() - start
     return {
@@ -135,9 +139,19 @@ def train_epoch(
     }
 
 
+def refuse_keys_of_evaluation(cfg: DictConfig) -> None:
+    """Raise ConfigError for a key that would be ignored here and looks like a resume."""
+    for key in ("checkpoint", "load_epoch", "baseline"):
+        if cfg[key] is not None:
+            raise ConfigError(
+                f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights; "
+                "simclr_lin.py evaluates a checkpoint"
+            )
+
+
 def refuse_used_folder(out_dir: Path) -> None:
     """Raise UserError if `out_dir` holds a run: nothing is written over one."""
-    if (out_dir / "metrics.jsonl").exists():
+    if (out_dir / "metrics.jsonl").exists() or any(out_dir.glob("simclr_*.pt")):
         raise UserError(
             f"{out_dir} holds a run already: move it away, or choose another folder with "
             "hydra.run.dir=PATH"
@@ -152,7 +166,8 @@ def main(cfg: DictConfig) -> None:
     """Check the config, then pretrain in Hydra's run folder."""
     with one_line_errors():
         cfg = check_config(cfg, peak="learning_rate")
-        pretrain(cfg, Path(HydraConfig.get().runtime.output_dir))
+        refuse_keys_of_evaluation(cfg)
+        pretrain(cfg, run_folder())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Linear evaluation of a SimCLR encoder (Sec. 2.2, App. B.6, B.9): one linear layer on frozen h.
+"""Linear evaluation of a SimCLR encoder (Sec. 2.3, App. B.6): one linear layer on frozen h.
 
     python simclr_lin.py backbone=resnet18                    # newest checkpoint in the run folder
     python simclr_lin.py load_epoch=500                       # an earlier one
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from augment import random_crop_flip
 from checkpoint import find_checkpoint, load_checkpoint
-from config import check_config, register_config, select_device
+from config import check_config, register_config, run_folder, select_device
 from data import Split, load_split
 from errors import ConfigError, UserError, one_line_errors
 from evaluation import extract_features, frozen, knn_accuracy, top_k_accuracy
@@ -109,7 +109,8 @@ def build_encoder(saved: dict[str, Any], path: Path, baseline: str | None) -> nn
         if baseline is None:
             model.load_state_dict(saved["model"])
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: its weights do not fit its config ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its weights do not fit its config ({reason[:300]} …)") from None
     return model.enc.to(memory_format=torch.channels_last)
 
 
@@ -170,13 +171,14 @@ def main(cfg: DictConfig) -> None:
     """Check the config, find the checkpoint in the run folder and evaluate it."""
     with one_line_errors():
         cfg = check_config(cfg, peak="finetune_learning_rate")
-        run = HydraConfig.get()
-        given = frozenset(override.split("=")[0].lstrip("+") for override in run.overrides.task)
+        out_dir = run_folder()
+        overrides = HydraConfig.get().overrides.task
+        given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
         if cfg.checkpoint is not None:
             checkpoint = Path(cfg.checkpoint).expanduser()
         else:
-            checkpoint = find_checkpoint(Path(run.run.dir), cfg.backbone, cfg.load_epoch)
-        evaluate(cfg, checkpoint, Path(run.runtime.output_dir), given)
+            checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
+        evaluate(cfg, checkpoint, out_dir, given)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,22 @@ def test_an_unreadable_file_is_named(write_images, tmp_path, content):
         load_split("folder", str(tmp_path), "train", 8, workers=2)
 
 
+def test_whatever_a_decoder_raises_the_file_is_named(write_images, tmp_path, monkeypatch):
+    write_images(tmp_path, classes=1, train=1)
+    monkeypatch.setattr(Image.Image, "convert", lambda *args: 1 / 0)
+    with pytest.raises(UserError, match=r"class0/0\.png cannot be read.*division"):
+        load_split("folder", str(tmp_path), "train", 8)
+
+
+def test_hidden_files_and_folders_are_no_images_and_no_classes(write_images, tmp_path):
+    write_images(tmp_path, classes=1, train=2)
+    for hidden in (".cache/a.png", "class0/.thumbs/a.png", "class0/.DS_Store"):
+        (tmp_path / "train" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / hidden).write_bytes(b"no image")
+    found = load_split("folder", str(tmp_path), "train", 8)
+    assert found.classes == ["class0"] and len(found.images) == 2
+
+
 def test_a_truncated_jpeg_is_named(tmp_path):
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)

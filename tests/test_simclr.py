@@ -41,6 +41,21 @@ def run(toy, tmp_path):
     return pretrain
 
 
+@pytest.fixture
+def batches(monkeypatch):
+    """(images given to the augmentation, views it returned) for every step."""
+    seen = []
+    random_views = simclr.random_views
+
+    def record(images, *args):
+        views = random_views(images, *args)
+        seen.append((images, views))
+        return views
+
+    monkeypatch.setattr(simclr, "random_views", record)
+    return seen
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -67,6 +82,22 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(run):
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not torch.equal(weights[0]["enc.conv1.weight"], weights[2]["enc.conv1.weight"])
+
+
+def test_initial_weights_and_views_both_follow_from_the_seed(run, batches, monkeypatch):
+    weights = []
+    make = simclr.make_optimizer
+
+    def record(name, parameters, *args):
+        parameters = list(parameters)
+        weights.append(parameters[0].detach().clone())
+        return make(name, parameters, *args)
+
+    monkeypatch.setattr(simclr, "make_optimizer", record)
+    run("epochs=1")
+    run("epochs=1", "seed=43")
+    assert not torch.equal(*weights)
+    assert not torch.equal(batches[0][1], batches[3][1])
 
 
 def test_metrics_have_one_line_an_epoch(run):
@@ -104,21 +135,6 @@ def test_steps_on_one_batch_lower_the_loss_below_that_of_a_collapsed_encoder():
     assert not steps[0][0].requires_grad
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """(images given to the augmentation, views it returned) for every step."""
-    seen = []
-    random_views = simclr.random_views
-
-    def record(images, *args):
-        views = random_views(images, *args)
-        seen.append((images, views))
-        return views
-
-    monkeypatch.setattr(simclr, "random_views", record)
-    return seen
-
-
 def test_rows_i_and_n_plus_i_are_two_different_views_of_one_image(run, batches):
     run("image_size=12")
     for images, views in batches:
@@ -146,6 +162,19 @@ def test_the_loss_gets_the_two_views_of_an_image_in_the_same_row(run, batches, m
     for (x, (_, z)), (z1, z2, temperature), (_, views) in zip(outputs, seen, batches, strict=True):
         assert torch.equal(x, views) and temperature == 0.3
         assert torch.equal(z1, z[:8]) and torch.equal(z2, z[8:])
+
+
+def test_no_two_steps_draw_from_the_same_state(run, monkeypatch):
+    states = []
+    random_views = simclr.random_views
+
+    def record(*args):
+        states.append(tuple(args[-1].get_state().tolist()))
+        return random_views(*args)
+
+    monkeypatch.setattr(simclr, "random_views", record)
+    run("epochs=3")
+    assert len(set(states)) == len(states) == 9
 
 
 def test_an_epoch_sees_each_image_once_in_a_new_order(run, batches):
@@ -192,10 +221,10 @@ def test_only_the_pretraining_split_is_read(run, monkeypatch):
     splits = []
     load_split = simclr.load_split
     monkeypatch.setattr(
-        simclr, "load_split", lambda *args: splits.append(args[2]) or load_split(*args)
+        simclr, "load_split", lambda *args: splits.append(args[2:]) or load_split(*args)
     )
-    run()
-    assert splits == ["pretrain"]
+    run("workers=3")
+    assert splits == [("pretrain", 8, 3)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 24])
@@ -216,6 +245,22 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
     with pytest.raises(UserError, match=r"holds a run already.*hydra\.run\.dir"):
         simclr.pretrain(toy(), folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        simclr, "train_step", lambda *args: (torch.tensor(math.nan), torch.tensor(0.0))
+    )
+    with pytest.raises(UserError, match=r"loss is nan in epoch 1.*lower learning_rate"):
+        run("log_interval=1")
+    assert {path.name for path in (tmp_path / "run0").iterdir()} == {"config.yaml"}
+
+
+def test_keys_of_the_evaluation_are_refused(toy):
+    for override in ("checkpoint=x.pt", "load_epoch=3", "baseline=random"):
+        with pytest.raises(ConfigError, match=rf"{override}: must be null for simclr\.py"):
+            simclr.refuse_keys_of_evaluation(toy(override))
+    simclr.refuse_keys_of_evaluation(toy())
 
 
 def test_the_resolved_config_is_beside_the_run(run, toy):
