@@ -1,8 +1,9 @@
 """SimCLR's augmentations (App. A) as batched tensor operations.
 
-Every operation takes one set of parameters per image of the batch and has static shapes, so
-a whole batch of views is made on the device at once. They compute what torchvision's
-operations do, with parameters from the same distributions; the tests compare both.
+Every operation takes one set of parameters per image of the batch and has static shapes: a whole
+batch of views is made on the device at once, nothing waits for the CPU, and `torch.compile` takes
+all of it. They compute what torchvision's operations do, with parameters from the same
+distributions; the tests compare both.
 """
 
 import math
@@ -10,64 +11,91 @@ import math
 import torch
 from torch import Tensor
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
 CROP_TRIES = 10  # draws of a box before torchvision falls back to the whole image
+
+# The random numbers that one view takes, as rows of what `draw` returns.
+BOX, FLIP, JITTER, GRAY, TURN = slice(0, 22), 22, slice(23, 31), 31, slice(32, 36)
+
+
+def draw(n: int, generator: torch.Generator) -> Tensor:
+    """All the randomness of n views: (36, n), uniform in [0, 1), on the generator's device."""
+    return torch.rand((TURN.stop, n), device=generator.device, generator=generator)
 
 
 def random_views(
     images: Tensor,
+    u: Tensor,
     size: int,
     crop_scale: tuple[float, float],
     flip_probability: float,
     color_strength: float,
     grayscale_probability: float,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """One random view of every image: crop, resize, flip, colour jitter, grayscale (App. A).
 
-    images: (N, 3, H, W), uint8 or float in [0, 1], on the generator's device.
+    images: (N, 3, H, W), uint8 or float in [0, 1]; u: from `draw`, N columns, on the same device.
     Returns (N, 3, size, size), float32 in [0, 1]. Each image has its own parameters.
+
+    The order of the colour operations is random too, and the costly one, the shift of the hue,
+    has four places in it. Of every four neighbours in the batch (which is shuffled) each has
+    another one, so that four groups of fixed size can be worked on, each with one shift.
     """
-    x = random_crop_flip(images, size, crop_scale, flip_probability, generator)
-    x = random_color_jitter(x, color_strength, generator)
-    gray = uniform((len(x), 1, 1, 1), x, generator) < grayscale_probability
-    return torch.where(gray, grayscale(x), x)
+    n = len(images)
+    rows = u[TURN, ::4].argsort(dim=0) + torch.arange(0, n, 4, device=images.device)  # 4×⌈N/4⌉
+    views = torch.empty(rows.numel(), 3, size, size, device=images.device)
+    for hue_turn, group in enumerate(rows):
+        chosen = group.clamp(max=n - 1)  # beyond the last: a copy of it, cut off below
+        own = u[:, chosen]
+        x = random_crop_flip(images[chosen], own, size, crop_scale, flip_probability)
+        x = random_color_jitter(x, own[JITTER], hue_turn, color_strength)
+        keep = (own[GRAY] >= grayscale_probability).float().view(-1, 1, 1, 1)
+        views[group] = torch.lerp(grayscale(x), x, keep)
+    return views[:n]
+
+
+def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int:
+    """The side in pixels of the views of this step: progressive resolution.
+
+    view_sizes: [[pixels, share of the steps], …] in the order of the run, shares summing to 1.
+    A pure function of the step, like the learning rate.
+    """
+    end = 0.0
+    for pixels, share in view_sizes:
+        end += share
+        if step < round(end * total_steps):
+            return int(pixels)
+    return int(pixels)  # shares that sum to 0.999…
 
 
 def random_crop_flip(
     images: Tensor,
+    u: Tensor,
     size: int,
     crop_scale: tuple[float, float],
     flip_probability: float,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Random resized crop and horizontal flip: what linear evaluation trains on.
 
     Shapes and types as for `random_views`.
     """
-    boxes = sample_boxes(images, crop_scale, generator)
-    flip = uniform((len(images),), images, generator) < flip_probability
-    return crop_flip(images, boxes, flip, size)
-
-
-def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Float32 numbers in [0, 1) on the device of `like`."""
-    return torch.rand(shape, device=like.device, generator=generator)
+    boxes = sample_boxes(images.shape, u[BOX], crop_scale)
+    return crop_flip(images, boxes, u[FLIP] < flip_probability, size)
 
 
 def sample_boxes(
-    images: Tensor, crop_scale: tuple[float, float], generator: torch.Generator | None = None
+    shape: torch.Size, u: Tensor, crop_scale: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Boxes (top, left, height, width), each (N,) int64, as RandomResizedCrop draws them.
 
-    The area is uniform in `crop_scale` as a share of the image, the logarithm of the aspect
-    ratio uniform between 3/4 and 4/3. A box that does not fit is drawn again, up to ten times,
-    all tries at once here to keep the shapes static; then the largest box with an allowed ratio
-    is taken from the centre.
+    shape: of the images, (N, 3, H, W); u: (22, N). The area is uniform in `crop_scale` as a share
+    of the image, the logarithm of the aspect ratio uniform between 3/4 and 4/3. A box that does
+    not fit is drawn again, up to ten times, all tries at once here to keep the shapes static;
+    then the largest box with an allowed ratio is taken from the centre.
     """
-    n, height, width = len(images), *images.shape[-2:]
-    area, ratio = uniform((2, CROP_TRIES, n), images, generator)
+    height, width = shape[-2:]
+    area, ratio = u[:CROP_TRIES], u[CROP_TRIES : 2 * CROP_TRIES]
     area = height * width * (crop_scale[0] + (crop_scale[1] - crop_scale[0]) * area)
     ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * ratio)
     w = (area * ratio).sqrt().round().long()
@@ -78,7 +106,7 @@ def sample_boxes(
 
     h = torch.where(fits, h, min(height, round(width / (3 / 4))))
     w = torch.where(fits, w, min(width, round(height * (4 / 3))))
-    top, left = uniform((2, n), images, generator)
+    top, left = u[2 * CROP_TRIES :]
     top = torch.where(fits, (top * (height - h + 1)).long(), (height - h) // 2)
     left = torch.where(fits, (left * (width - w + 1)).long(), (width - w) // 2)
     return top, left, h, w
@@ -94,12 +122,16 @@ def crop_flip(
     matrix products, Wy · image · Wxᵀ; a flip reverses the rows of Wx.
     """
     top, left, h, w = boxes
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    wy = resize_weights(top, h, images.shape[-2], size)  # N×size×H
-    wx = resize_weights(left, w, images.shape[-1], size)  # N×size×W
+    n, channels, height, width = images.shape
+    wy = resize_weights(top, h, height, size)  # N×size×H
+    wx = resize_weights(left, w, width, size)  # N×size×W
     wx = torch.where(flip[:, None, None], wx.flip(1), wx)
-    out = wy[:, None] @ x @ wx[:, None].transpose(-1, -2)  # N×3×size×size
-    return out.clamp(0, 1)  # sums of weights are 1 up to rounding
+    if images.dtype == torch.uint8:
+        wy = wy / 255
+    x = images.float().reshape(n, channels * height, width)
+    x = (x @ wx.transpose(1, 2)).view(n, channels, height, size)
+    # a product a channel: broadcasting wy would copy it for each of them first
+    return torch.stack([wy @ channel for channel in x.unbind(1)], dim=1).clamp_(0, 1)
 
 
 def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
@@ -113,69 +145,80 @@ def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
     scale = length / size
     center = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
     pixel = torch.arange(full, device=start.device)
-    weights = (1 - (pixel + 0.5 - center).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel >= start) & (pixel < start + length))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    inside = ((pixel >= start) & (pixel < start + length)).float()
+    weights = (pixel + 0.5 - center).abs_().mul_(-1 / scale.clamp(min=1)).add_(1).clamp_(min=0)
+    weights.mul_(inside)
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
-def random_color_jitter(
-    x: Tensor, strength: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """With probability 0.8, `color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s (App. A)."""
-    n = len(x)
+def random_color_jitter(x: Tensor, u: Tensor, hue_turn: int, strength: float) -> Tensor:
+    """With probability 0.8, `color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s (App. A).
+
+    u: (8, N). Where it is not to be, factors of 1 and a shift of 0 leave the image as it is.
+    """
     span = 0.8 * strength
     low, high = max(0.0, 1 - span), 1 + span
-    factors = low + (high - low) * uniform((3, n), x, generator)
-    hue = 0.2 * strength * (2 * uniform((1, n), x, generator) - 1)
-    order = uniform((n, 4), x, generator).argsort(dim=1)
-    jittered = color_jitter(x, torch.cat([factors, hue]), order)
-    apply = uniform((n, 1, 1, 1), x, generator) < 0.8
-    return torch.where(apply, jittered, x)
+    apply = u[0] < 0.8
+    factors = torch.where(apply, low + (high - low) * u[1:4], 1.0)
+    shift = torch.where(apply, 0.2 * strength * (2 * u[4] - 1), 0.0)
+    return color_jitter(x, factors, shift, u[5:8].argsort(dim=0), hue_turn)
 
 
-def color_jitter(x: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue, in each image's own order.
+def color_jitter(
+    x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, hue_turn: int
+) -> Tensor:
+    """Brightness, contrast and saturation in each image's own order, the hue at `hue_turn`.
 
-    x: (N, 3, H, W) in [0, 1]. amounts: (4, N), the factors of brightness, contrast and
-    saturation (1 leaves the image as it is) and the hue shift in turns, in [-0.5, 0.5].
-    order: (N, 4), row n a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE.
-
-    The first three are blends with another image: black, the mean gray, the gray image. All four
-    are computed at each of the four places and one is kept, which is what static shapes cost.
+    x: (N, 3, H, W) in [0, 1], which is written over. factors: (3, N) of brightness, contrast and
+    saturation; 1 leaves the image as it is. shift: (N,), of the hue, in turns, in [-0.5, 0.5].
+    order: (3, N), column n a permutation of BRIGHTNESS, CONTRAST, SATURATION. hue_turn: 0, before
+    these three, to 3, after them.
     """
-    amounts = amounts[:, :, None, None, None]  # 4×N×1×1×1
-    for op in order.T[..., None, None, None]:  # N×1×1×1
-        gray = grayscale(x)
-        other = torch.where(op == CONTRAST, gray.mean(dim=(1, 2, 3), keepdim=True), gray)
-        other = torch.where(op == BRIGHTNESS, 0.0, other)
-        factor = torch.where(op == BRIGHTNESS, amounts[BRIGHTNESS], amounts[CONTRAST])
-        factor = torch.where(op == SATURATION, amounts[SATURATION], factor)
-        blended = (factor * x + (1 - factor) * other).clamp(0, 1)
-        x = torch.where(op == HUE, shift_hue(x, amounts[HUE]), blended)
+    factors = factors.gather(0, order)[..., None, None, None]  # 3×N×1×1×1, as they are applied
+    order, shift = order[..., None, None, None], shift[:, None, None, None]
+    for turn in range(4):
+        if turn == hue_turn:
+            x = shift_hue(x, shift)
+        if turn < 3:
+            x = blend(x, factors[turn], order[turn])
     return x
 
 
+def blend(x: Tensor, factor: Tensor, operation: Tensor) -> Tensor:
+    """factor · x + (1 - factor) · other: brightness, contrast or saturation, as each image's
+    `operation` (N, 1, 1, 1) says. The other image is black, the mean gray, or the gray image.
+    Written over x, since on a CPU new memory costs more than the arithmetic.
+    """
+    gray = grayscale(x)
+    mean = gray.mean(dim=(2, 3), keepdim=True)
+    rest = 1 - factor
+    gray.mul_(rest * (operation == SATURATION)).add_(rest * (operation == CONTRAST) * mean)
+    return x.mul_(factor).add_(gray).clamp_(0, 1)
+
+
 def grayscale(x: Tensor) -> Tensor:
-    """(N, 3, H, W) -> the same shape, the luma in all three channels."""
-    red, green, blue = x.unbind(dim=1)
-    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-    return luma[:, None].expand_as(x)
+    """The luma of images (N, 3, H, W): (N, 1, H, W)."""
+    red, green, blue = x.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue by `shift` (N, 1, 1, 1), in turns, through HSV and back.
 
-    In HSV the value is the largest channel and the chroma the largest less the smallest; the way
-    back is f(n) = value - chroma · max(0, min(k, 4-k, 1)), k = (n + 6·hue) mod 6, for n = 5, 3, 1.
+    In HSV the value is the largest channel and the chroma the largest less the smallest. The way
+    back is value - chroma · clamp(2 - |k|, 0, 1), where k is the hue's distance, in sixths of a
+    turn, from the one that has least of this channel: cyan, magenta and yellow, opposite to red,
+    green and blue.
     """
     red, green, blue = x.split(1, dim=1)
     value, chroma = x.amax(dim=1, keepdim=True), x.amax(1, True) - x.amin(1, True)
     divisor = torch.where(chroma == 0, 1.0, chroma)  # gray has no hue
-    sixths = torch.where(
+    hue = torch.where(
         value == red,
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    n = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
-    k = (n + sixths + 6 * shift) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    least = torch.tensor([3.0, 5.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    k = (hue + 6 * shift) - least
+    k = k.sub_((k / 6).round_(), alpha=6).abs_()  # the shorter way round
+    return value - k.neg_().add_(2).clamp_(0, 1).mul_(chroma)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -13,12 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DATASETS
+from device import DEVICES, PRECISIONS
 from errors import ConfigError, one_line_errors
 from models import BACKBONES
 from optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
-DEVICES = ("auto", "cuda", "mps", "cpu")
 BASELINES = ("random", "pixels")
 
 Rule = tuple[Callable[[Any], bool], str]  # a test of the value, and what it allows in words
@@ -77,6 +76,10 @@ def _true_or_false() -> Rule:
     return lambda value: isinstance(value, bool), "true or false"
 
 
+def _auto_or(rule: Rule) -> Rule:
+    return lambda value: value == "auto" or rule[0](value), f"auto, {rule[1]}"
+
+
 def _crop_scale() -> Rule:
     share = _number(0, 1, above=True)[0]
 
@@ -85,6 +88,22 @@ def _crop_scale() -> Rule:
         return pair and value[0] <= value[1]
 
     return ok, "two shares of the image's area, [smallest,largest], above 0 and at most 1"
+
+
+def _view_sizes() -> Rule:
+    size, share = _integer(8, 1024)[0], _number(0, 1, above=True)[0]
+
+    def ok(value: Any) -> bool:
+        if not isinstance(value, list) or not value:
+            return False
+        pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        return (
+            pairs
+            and all(size(pixels) and share(part) for pixels, part in value)
+            and math.isclose(sum(part for _, part in value), 1, abs_tol=1e-6)
+        )
+
+    return ok, "[[pixels,share],...], pixels from 8 to 1024, shares of the steps that sum to 1"
 
 
 PROBABILITY = _number(0, 1)
@@ -102,8 +121,12 @@ RULES: dict[str, Rule] = {
     "flip_probability": PROBABILITY,
     "color_strength": _number(0, 2.5),  # a hue shift of more than half a turn means nothing
     "grayscale_probability": PROBABILITY,
+    "view_sizes": _optional(_view_sizes()),
     "seed": _integer(0, 2**32 - 1),
     "device": _one_of(DEVICES),
+    "precision": _one_of(("auto", *PRECISIONS)),
+    "compile": _auto_or(_true_or_false()),
+    "activation_checkpointing": _true_or_false(),
     "batch_size": _integer(1),
     "epochs": _integer(1),
     "log_interval": _integer(1),
@@ -117,6 +140,7 @@ RULES: dict[str, Rule] = {
     "load_epoch": _optional(_integer(1)),
     "baseline": _optional(_one_of(BASELINES)),
     "finetune_epochs": _integer(1),
+    "finetune_views": _integer(1),
     "finetune_learning_rate": _number(0, above=True),
 }
 
@@ -175,22 +199,3 @@ def run_folder() -> Path:
     """Hydra's output folder, relative to the working directory where it lies below it."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def select_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the first there is of cuda, mps, cpu.
-
-    Raises ConfigError for one that this machine does not have.
-    """
-    found = [
-        torch.cuda.is_available() and "cuda",
-        torch.backends.mps.is_available() and "mps",
-        "cpu",
-    ]
-    found = [device for device in found if device]
-    if name not in ("auto", *found):
-        raise ConfigError(
-            f"device={name!r}: must be one that this machine has, {', '.join(found)}, "
-            "or auto, which takes the first of them"
-        )
-    return torch.device(found[0] if name == "auto" else name)

@@ -1,13 +1,13 @@
 """What linear evaluation and kNN share: a frozen encoder, its features, accuracies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import resize
+from device import autocast
 
 
 @contextmanager
@@ -28,12 +28,17 @@ def frozen(enc: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def extract_features(enc: nn.Module, images: Tensor, size: int, batch_size: int) -> Tensor:
-    """Features (N, D) of unaugmented uint8 images (N, 3, H, W), brought to (size, size).
+def extract_features(enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """Features (N, D) of all rows of the batches (n, 3, S, S), in their order.
 
-    Every image is seen once, in order; the last batch may be smaller.
+    In mixed precision `dtype`, and returned in what the encoder returns then: half precision
+    keeps half the memory, and loses nothing more.
     """
-    return torch.cat([enc(resize(part, size)) for part in images.split(batch_size)])
+    features = []
+    for x in batches:
+        with autocast(x.device, dtype):
+            features.append(enc(x))
+    return torch.cat(features)
 
 
 @torch.no_grad()

@@ -5,10 +5,16 @@ z = projector(h)    projection, where the contrastive loss is applied
 nt_xent(z1, z2)     normalised temperature-scaled cross-entropy, Eq. 1
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18, resnet34, resnet50, resnet101, resnet152
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 BACKBONES = {
     "resnet18": resnet18,
@@ -27,7 +33,9 @@ class SimCLR(nn.Module):
     the max-pool, so that a 32×32 image is not down to 8×8 before the first residual block
     (App. B.9). The head has no batch norm. With the defaults the keys of the state dict are those
     of the published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
-    torchvision ResNet with the same stem and `fc = nn.Identity()`.
+    torchvision ResNet with the same stem and `fc = nn.Identity()`. `activation_checkpointing`
+    recomputes each residual block in the backward pass: about a third of the memory for a third
+    more time, with the same gradients and weights.
 
     Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
     for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
@@ -39,6 +47,7 @@ class SimCLR(nn.Module):
         projection_dim: int = 128,
         hidden_dim: int = 2048,
         cifar_stem: bool = True,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
@@ -51,6 +60,8 @@ class SimCLR(nn.Module):
             # the initialisation that torchvision gives the other convolutions
             nn.init.kaiming_normal_(self.enc.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.enc.maxpool = nn.Identity()
+        if activation_checkpointing:
+            recompute_blocks(self.enc)
         self.projector = nn.Sequential(
             nn.Linear(self.feature_dim, hidden_dim),
             nn.ReLU(),
@@ -62,6 +73,31 @@ class SimCLR(nn.Module):
         h = self.enc(x)  # N×D
         z = self.projector(h)  # N×d
         return h, z
+
+
+def recompute_blocks(enc: nn.Module) -> None:
+    """Let each residual block keep its input only and run again in the backward pass."""
+    for block in enc.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            contexts = partial(_contexts, block)
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+            )
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _buffers_restored(block)  # around the forward pass, around the second
+
+
+@contextmanager
+def _buffers_restored(block: nn.Module) -> Iterator[None]:
+    """Batch norm must not count a batch twice in its running statistics."""
+    before = [buffer.clone() for buffer in block.buffers()]
+    try:
+        yield
+    finally:  # checkpoint ends the second run by an exception, once it has what it needs
+        for buffer, value in zip(block.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -82,12 +118,21 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, T
         raise ValueError(f"z1 and z2 must both be (N, d), N >= 1: {(*z1.shape,)}, {(*z2.shape,)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    n = len(z1)
-    with torch.autocast(z1.device.type, enabled=False):
+    n, loss, nearest = len(z1), 0.0, []
+    with _full_precision(z1.device.type):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
-        similarity = (z / temperature) @ z.T  # 2N×2N
-        similarity.fill_diagonal_(float("-inf"))  # k ≠ i: no term for a view with itself
-        partner = torch.arange(2 * n, device=z.device).roll(n)  # i <-> N+i
-        loss = F.cross_entropy(similarity, partner)
-    accuracy = (similarity.detach().argmax(dim=1) == partner).float().mean()
-    return loss, accuracy
+        # One view after the other: the backward pass then holds a softmax of 2N×N for each and,
+        # for one of them, two gradients of that size; with 2N×2N at once it would be thrice 2N×2N.
+        for own, partner in ((0, n), (n, 0)):
+            similarity = (z[own : own + n] / temperature) @ z.T  # N×2N
+            similarity.diagonal(own).fill_(float("-inf"))  # k ≠ i: no term for a view with itself
+            target = torch.arange(partner, partner + n, device=z.device)  # i <-> N+i
+            loss = loss + F.cross_entropy(similarity, target, reduction="sum")
+            nearest.append(similarity.detach().argmax(dim=1) == target)
+    return loss / (2 * n), torch.cat(nearest).float().mean()
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # the meta device has no autocast

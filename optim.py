@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 OPTIMIZERS = ("sgd",)
+FUSED = ("cuda", "mps", "cpu")  # devices on which torch updates all parameters in one kernel
 
 
 def make_optimizer(
@@ -19,8 +20,14 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+    parameters = list(parameters)
     return torch.optim.SGD(
-        parameters, lr=0.0, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay
+        parameters,
+        lr=0.0,
+        momentum=momentum,
+        nesterov=momentum > 0,
+        weight_decay=weight_decay,
+        fused=parameters[0].device.type in FUSED,
     )
 
 

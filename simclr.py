@@ -13,7 +13,9 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import torch
@@ -21,10 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from augment import random_views
+from augment import draw, random_views, view_size
 from checkpoint import checkpoint_name, save_checkpoint
-from config import check_config, register_config, run_folder, select_device
+from config import check_config, register_config, run_folder
 from data import load_split
+from device import autocast, select_compile, select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
 from models import SimCLR, nt_xent
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate
@@ -33,26 +36,69 @@ log = logging.getLogger("simclr")
 
 
 def train_step(
-    model: SimCLR, optimizer: torch.optim.Optimizer, views: Tensor, temperature: float
+    model: SimCLR,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    views: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
 
-    Returns the loss and the contrastive accuracy, detached scalars on the device.
+    The model computes in `dtype` (mixed precision), the loss in float32; the scaler acts with
+    float16 alone. Returns the loss and the contrastive accuracy, detached scalars on the device.
     """
-    _, z = model(views)  # h: 2N×D, z: 2N×d
+    with autocast(views.device, dtype):
+        _, z = model(views)  # h: 2N×D, z: 2N×d
     z1, z2 = z.chunk(2)  # N×d each
     loss, accuracy = nt_xent(z1, z2, temperature)
     optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
     return loss.detach(), accuracy
+
+
+class Training(NamedTuple):
+    """What a run carries from step to step."""
+
+    model: SimCLR
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
+    rng: torch.Generator  # order of the images, and views
+    dtype: torch.dtype  # what the model computes in
+    make_views: Callable[..., Tensor]  # random_views, compiled or not
+    compiled: bool
+
+
+def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
+    """A run of `steps` steps before its first; everything random in it follows from cfg.seed."""
+    torch.manual_seed(cfg.seed)  # initial weights
+    model = SimCLR(
+        cfg.backbone,
+        cfg.projection_dim,
+        cfg.hidden_dim,
+        cfg.cifar_stem,
+        cfg.activation_checkpointing,
+    )
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(cfg.optimizer, model.parameters(), cfg.momentum, cfg.weight_decay)
+    dtype = select_precision(cfg.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    rng = torch.Generator(device).manual_seed(cfg.seed)
+    make_views = random_views
+    compiled = select_compile(cfg.compile, device, steps, cfg.activation_checkpointing)
+    if compiled:
+        model.compile(dynamic=False)  # in place: the names in its state dict stay
+        make_views = torch.compile(random_views, dynamic=False)
+    return Training(model, optimizer, scaler, rng, dtype, make_views, compiled)
 
 
 def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
     """Train an encoder with the checked config `cfg`; returns the metrics of the last epoch.
 
-    Everything random follows from cfg.seed. Raises ConfigError if the batch is larger than the
-    training set, UserError if the data cannot be had or `out_dir` holds a run already.
+    Raises ConfigError if the batch is larger than the training set, UserError if the data cannot
+    be had or `out_dir` holds a run already.
     """
     device = select_device(cfg.device)
     refuse_used_folder(out_dir)
@@ -63,18 +109,18 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
             "the number of training images"
         )
     images = images.to(device)  # M×3×H×W, uint8: the whole training set
-    torch.manual_seed(cfg.seed)  # initial weights
-    rng = torch.Generator(device).manual_seed(cfg.seed)  # order of the images, views
-    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(cfg.optimizer, model.parameters(), cfg.momentum, cfg.weight_decay)
+    steps = len(images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
+    training = start_training(cfg, device, cfg.epochs * steps)
 
     OmegaConf.save(cfg, out_dir / "config.yaml")
-    log.info(f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device}, in {out_dir}")
-    steps = len(images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
+    computing = str(training.dtype).removeprefix("torch.") + ", compiled" * training.compiled
+    log.info(
+        f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} ({computing}), "
+        f"in {out_dir}"
+    )
     with tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar:
         for epoch in range(1, cfg.epochs + 1):
-            metrics = train_epoch(cfg, epoch, model, optimizer, images, rng, bar)
+            metrics = train_epoch(cfg, epoch, training, images, bar)
             if not math.isfinite(metrics["loss"]):
                 raise UserError(
                     f"the loss is {metrics['loss']} in epoch {epoch}, which is not saved: "
@@ -84,7 +130,7 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
                 file.write(json.dumps(metrics) + "\n")
             if epoch % cfg.log_interval == 0 or epoch == cfg.epochs:
                 path = out_dir / checkpoint_name(cfg.backbone, epoch)
-                save_checkpoint(path, model, OmegaConf.to_container(cfg), epoch)
+                save_checkpoint(path, training.model, OmegaConf.to_container(cfg), epoch)
     log.info(
         f"epoch {epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
         f"{metrics['contrastive_accuracy']:.1%}; saved {path}"
@@ -93,35 +139,30 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
 
 
 def train_epoch(
-    cfg: DictConfig,
-    epoch: int,
-    model: SimCLR,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    rng: torch.Generator,
-    bar: tqdm,
+    cfg: DictConfig, epoch: int, training: Training, images: Tensor, bar: tqdm
 ) -> dict[str, float]:
     """One pass over the images in a new random order; returns a line of metrics.jsonl."""
     start = time.perf_counter()
-    steps = len(images) // cfg.batch_size
+    model, optimizer, scaler, rng, dtype, make_views, _ = training
+    n, steps = cfg.batch_size, len(images) // cfg.batch_size
     order = torch.randperm(len(images), device=images.device, generator=rng)
     totals = torch.zeros(2, device=images.device)  # summed on the device: no sync a step
     for i in range(steps):
-        batch = images[order[i * cfg.batch_size : (i + 1) * cfg.batch_size]]  # N×3×H×W
-        views = random_views(
+        step, last = (epoch - 1) * steps + i, cfg.epochs * steps
+        size = view_size(step, last, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
+        batch = images[order[i * n : (i + 1) * n]]  # N×3×H×W
+        views = make_views(
             batch.repeat(2, 1, 1, 1),  # 2N×3×H×W, each row with parameters of its own
-            cfg.image_size,
+            draw(2 * n, rng),
+            size,
             tuple(cfg.crop_scale),
             cfg.flip_probability,
             cfg.color_strength,
             cfg.grayscale_probability,
-            rng,
         )
-        learning_rate = cosine_learning_rate(
-            (epoch - 1) * steps + i, cfg.epochs * steps, cfg.learning_rate, cfg.min_learning_rate
-        )
+        learning_rate = cosine_learning_rate(step, last, cfg.learning_rate, cfg.min_learning_rate)
         set_learning_rate(optimizer, learning_rate)
-        loss, accuracy = train_step(model, optimizer, views, cfg.temperature)
+        loss, accuracy = train_step(model, optimizer, scaler, views, cfg.temperature, dtype)
         totals += torch.stack([loss, accuracy])
         if bar.update():  # true about once a second, when the bar is drawn: a sync then
             said = f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}"
@@ -134,7 +175,8 @@ def train_epoch(
         "loss": mean_loss,
         "contrastive_accuracy": mean_accuracy,
         "learning_rate": learning_rate,  # of the epoch's last step
-        "views_per_second": 2 * cfg.batch_size * steps / seconds,
+        "view_size": size,  # the same
+        "views_per_second": 2 * n * steps / seconds,
         "seconds": seconds,
     }
 

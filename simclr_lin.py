@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from augment import random_crop_flip
+from augment import draw, random_crop_flip
 from checkpoint import find_checkpoint, load_checkpoint
-from config import check_config, register_config, run_folder, select_device
-from data import Split, load_split
+from config import check_config, register_config, run_folder
+from data import load_split, resize
+from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
 from evaluation import extract_features, frozen, knn_accuracy, top_k_accuracy
 from models import SimCLR
@@ -51,6 +53,7 @@ def evaluate(
     used, RuntimeError if the encoder has changed.
     """
     device = select_device(cfg.device)
+    dtype = select_precision(cfg.precision, device)
     saved = load_checkpoint(checkpoint)
     trained = architecture(saved, checkpoint, {key: cfg[key] for key in given & set(ARCHITECTURE)})
     size = trained["image_size"]
@@ -64,11 +67,10 @@ def evaluate(
     name = f"baseline {cfg.baseline}" if cfg.baseline else f"{checkpoint}, epoch {saved['epoch']}"
     log.info(f"{name}: {trained['backbone']} at {size} px on {cfg.dataset}, {device}")
     with frozen(enc):
-        bank = extract_features(enc, train.images, size, cfg.batch_size)  # M×D
-        head = train_linear_layer(cfg, enc, train, bank.shape[1], size)
-        features = extract_features(enc, test.images, size, cfg.batch_size)  # N×D, no augmentation
+        bank, views, features = all_features(cfg, enc, train.images, test.images, size, dtype)
+    head = train_linear_layer(cfg, views, train.labels, len(train.classes))
     with torch.no_grad():
-        logits = head(features)  # N×C: every test image, once, at the end
+        logits = head(features.float())  # N×C: every test image, once, at the end
     results = {
         "linear_acc": top_k_accuracy(logits, test.labels, 1),
         "linear_top5": top_k_accuracy(logits, test.labels, 5) if len(test.classes) >= 10 else None,
@@ -114,26 +116,52 @@ def build_encoder(saved: dict[str, Any], path: Path, baseline: str | None) -> nn
     return model.enc.to(memory_format=torch.channels_last)
 
 
-def train_linear_layer(
-    cfg: DictConfig, enc: nn.Module, train: Split, feature_dim: int, size: int
-) -> nn.Linear:
-    """A linear layer on h, trained on random crops and flips of all training images."""
-    device = train.images.device
-    rng = torch.Generator(device).manual_seed(cfg.seed)  # order of the images, crops and flips
-    head = nn.Linear(feature_dim, len(train.classes)).to(device)
+def all_features(
+    cfg: DictConfig, enc: nn.Module, train: Tensor, test: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that is needed of the frozen encoder, each image's features extracted once.
+
+    Of the M training images: their features (M, D) for kNN, and those of `finetune_views` random
+    crops and flips of each, (K, M, D), for the linear layer. Of the N test images: (N, D).
+    """
+    rng = torch.Generator(train.device).manual_seed(cfg.seed)  # crops and flips
+
+    def plain(images: Tensor) -> Iterator[Tensor]:
+        for part in images.split(cfg.batch_size):
+            yield resize(part, size)
+            bar.update()
+
+    def crops() -> Iterator[Tensor]:
+        for part in train.split(cfg.batch_size):
+            u = draw(len(part), rng)
+            yield random_crop_flip(part, u, size, tuple(cfg.crop_scale), cfg.flip_probability)
+            bar.update()
+
+    batches = [math.ceil(len(images) / cfg.batch_size) for images in (train, test)]
+    total = batches[0] * (1 + cfg.finetune_views) + batches[1]
+    with tqdm(total=total, desc="features", unit="batch", mininterval=1) as bar:
+        bank = extract_features(enc, plain(train), dtype)
+        views = [extract_features(enc, crops(), dtype) for _ in range(cfg.finetune_views)]
+        return bank, torch.stack(views), extract_features(enc, plain(test), dtype)
+
+
+def train_linear_layer(cfg: DictConfig, views: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """A linear layer on h, trained on (K, M, D) features: in each epoch the next of K views.
+
+    The paper's protocol draws a new crop and flip in every epoch; the encoder is frozen, so that
+    K of them, extracted beforehand, are what is left to pay for.
+    """
+    rng = torch.Generator(views.device).manual_seed(cfg.seed)  # order of the images
+    head = nn.Linear(views.shape[-1], classes).to(views.device)
     optimizer = make_optimizer("sgd", head.parameters(), cfg.momentum, weight_decay=0.0)
-    steps = math.ceil(len(train.images) / cfg.batch_size)  # the last, smaller batch counts too
+    steps = math.ceil(len(labels) / cfg.batch_size)  # the last, smaller batch counts too
     total_steps = cfg.finetune_epochs * steps
-    with tqdm(total=total_steps, unit="step", mininterval=1) as bar:
+    with tqdm(total=total_steps, desc="linear layer", unit="step", mininterval=1) as bar:
         for epoch in range(cfg.finetune_epochs):
-            order = torch.randperm(len(train.images), device=device, generator=rng)
+            order = torch.randperm(len(labels), device=views.device, generator=rng)
             for i, batch in enumerate(order.split(cfg.batch_size)):
-                x = random_crop_flip(
-                    train.images[batch], size, tuple(cfg.crop_scale), cfg.flip_probability, rng
-                )
-                with torch.no_grad():
-                    h = enc(x)  # N×D
-                loss = F.cross_entropy(head(h), train.labels[batch])
+                h = views[epoch % len(views), batch].float()  # n×D
+                loss = F.cross_entropy(head(h), labels[batch])
                 step = epoch * steps + i
                 learning_rate = cosine_learning_rate(
                     step, total_steps, cfg.finetune_learning_rate, cfg.min_learning_rate

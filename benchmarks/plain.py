@@ -1,0 +1,82 @@
+"""The plain pipeline, the reference of every ratio: what a user of torchvision would write.
+
+PIL images through torchvision's transforms in a DataLoader with two workers, a ResNet in float32
+with contiguous tensors, eager, plain SGD. Model, loss and settings are those of simclr.py.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from models import SimCLR, nt_xent
+
+
+def plain_transform(
+    size: int, crop_scale: tuple[float, float], strength: float, gray: float
+) -> transforms.Compose:
+    """App. A of the paper in torchvision's words, without blur."""
+    s = strength
+    jitter = transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=crop_scale),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(gray),
+            transforms.ToTensor(),
+        ]
+    )
+
+
+class TwoViews(Dataset):
+    """Two random views of each image, made one image at a time."""
+
+    def __init__(self, images: Tensor, transform: transforms.Compose) -> None:
+        self.images = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())  # N×H×W×3
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = Image.fromarray(self.images[index])
+        return self.transform(image), self.transform(image)
+
+
+def plain_loader(
+    images: Tensor, batch_size: int, transform: transforms.Compose, seed: int = 0
+) -> DataLoader:
+    """Batches of two views each, in a new random order every epoch, from two processes."""
+    return DataLoader(
+        TwoViews(images, transform),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=2,
+        persistent_workers=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def forever(loader: DataLoader) -> Iterator[Tensor]:
+    """Its batches as 2N views, epoch after epoch."""
+    while True:
+        for pair in loader:
+            yield torch.cat(pair)
+
+
+def plain_step(
+    model: SimCLR, optimizer: torch.optim.Optimizer, views: Tensor, temperature: float
+) -> Tensor:
+    """One step in float32; returns the loss."""
+    _, z = model(views)
+    loss, _ = nt_xent(*z.chunk(2), temperature)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()

@@ -1,0 +1,166 @@
+"""Time to the same kNN accuracy: the plain pipeline against simclr.py, on images of your own.
+
+    python benchmarks/time_to_accuracy.py data/cifar10-jpeg
+    python benchmarks/time_to_accuracy.py data/cifar10-jpeg --epochs 5 --seed 0 1 2 --runs plain fast
+
+ResNet-18, the same recipe, images and seed in every run: `plain` (see plain.py), `fast` (what
+simclr.py does), `progressive` (the same with small views first, over --progressive-epochs).
+The runs take turns, epoch by epoch, so that a noisy machine favours none; each has a clock that
+counts its training alone. kNN is that of simclr_lin.py, k = 10, on test images at 32×32. An hour
+and more with the defaults: the plain pipeline took 40 minutes on two cores of an AMD EPYC (Zen 5).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from hydra import compose, initialize
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import simclr
+from augment import random_views
+from config import check_config, register_config
+from data import Split, load_split, resize
+from device import select_device, select_precision
+from evaluation import extract_features, knn_accuracy
+from models import SimCLR
+from optim import cosine_learning_rate, make_optimizer, set_learning_rate
+from plain import plain_loader, plain_step, plain_transform
+
+RECIPE = [  # for short runs: README, "Results"
+    "batch_size=128", "learning_rate=0.03", "weight_decay=5e-4", "crop_scale=[0.2,1]",
+    "grayscale_probability=0.1", "hidden_dim=1024",
+]  # fmt: skip
+VIEW_SIZES = "view_sizes=[[16,0.783],[24,0.174],[32,0.043]]"
+
+
+def recipe(*overrides: str) -> DictConfig:
+    """The config of a run, from simclr_config.yml."""
+    register_config()
+    with initialize(version_base="1.3", config_path=None):
+        return check_config(compose("simclr_config", overrides=[*RECIPE, *overrides]), "learning_rate")
+
+
+def subset(split: Split, per_class: int) -> Split:
+    """The first images of each class."""
+    index = torch.cat([(split.labels == c).nonzero()[:per_class, 0] for c in range(len(split.classes))])
+    return split._replace(images=split.images[index], labels=split.labels[index])
+
+
+def plain_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
+    """The plain pipeline; yields the model after each epoch."""
+    torch.manual_seed(cfg.seed)
+    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim).to(select_device("auto"))
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.0, momentum=cfg.momentum, nesterov=True,
+        weight_decay=cfg.weight_decay, foreach=False,
+    )  # fmt: skip
+    transform = plain_transform(
+        cfg.image_size, tuple(cfg.crop_scale), cfg.color_strength, cfg.grayscale_probability
+    )
+    loader = plain_loader(images, cfg.batch_size, transform, cfg.seed)
+    for epoch in range(cfg.epochs):
+        for i, pair in enumerate(loader):
+            rate = cosine_learning_rate(
+                epoch * len(loader) + i, cfg.epochs * len(loader),
+                cfg.learning_rate, cfg.min_learning_rate,
+            )  # fmt: skip
+            set_learning_rate(optimizer, rate)
+            views = torch.cat(pair).to(next(model.parameters()).device)
+            plain_step(model.train(), optimizer, views, cfg.temperature)
+        yield model
+
+
+def our_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
+    """simclr.py's own training; yields the model after each epoch."""
+    device = select_device("auto")
+    images = images.to(device)
+    training = simclr.start_training(cfg, device, cfg.epochs * (len(images) // cfg.batch_size))
+    for epoch in range(1, cfg.epochs + 1):
+        training.model.train()
+        simclr.train_epoch(cfg, epoch, training, images, tqdm(disable=True))
+        yield training.model
+
+
+def knn(model: SimCLR, train: Split, test: Split) -> float:
+    """kNN accuracy of the representation in eval mode."""
+    device = next(model.parameters()).device
+    dtype = select_precision("auto", device)
+    features = [
+        extract_features(
+            model.eval().enc, (resize(x.to(device), 32) for x in split.images.split(256)), dtype
+        )
+        for split in (train, test)
+    ]
+    labels = [split.labels.to(device) for split in (train, test)]
+    return knn_accuracy(features[0], labels[0], features[1], labels[1])
+
+
+def race(runs: dict[str, Iterator[SimCLR]], epochs: dict[str, int], train: Split, test: Split):
+    """Advance the run that is furthest behind, by one epoch; [(seconds, epoch, kNN), …] of each."""
+    trace = {name: [(0.0, 0, 0.0)] for name in runs}
+    while unfinished := [name for name in runs if trace[name][-1][1] < epochs[name]]:
+        name = min(unfinished, key=lambda name: trace[name][-1][1] / epochs[name])
+        start = time.perf_counter()
+        model = next(runs[name])
+        seconds = trace[name][-1][0] + time.perf_counter() - start
+        epoch = trace[name][-1][1] + 1
+        accuracy = knn(model, train, test) if 2 * epoch >= epochs[name] else 0.0
+        trace[name].append((seconds, epoch, accuracy))
+        print(f"{name} {epoch}/{epochs[name]}: {seconds:.0f} s, kNN {accuracy:.2%}", flush=True)
+    return trace
+
+
+def main() -> None:
+    """Run the races, a table, and one JSON object as the last line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="folder with train/<class>/* and test/<class>/*")
+    parser.add_argument("--images", type=int, default=500, help="training images of each class")
+    parser.add_argument("--test", type=int, default=400, help="test images of each class")
+    parser.add_argument("--epochs", type=int, default=16, help="of plain and fast")
+    parser.add_argument("--progressive-epochs", type=int, default=23)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", nargs="+", default=["plain", "fast", "progressive"])
+    args = parser.parse_args()
+    train = subset(load_split("folder", args.data, "train", 32, 2), args.images)
+    test = subset(load_split("folder", args.data, "test", 32, 2), args.test)
+    results: dict[str, list[float]] = {}
+    for seed in args.seed:
+        epochs = {name: args.epochs for name in args.runs}
+        runs = {}
+        for name in args.runs:
+            overrides = [f"seed={seed}"]
+            if name == "progressive":
+                epochs[name] = args.progressive_epochs
+                overrides.append(VIEW_SIZES)
+            cfg = recipe(*overrides, f"epochs={epochs[name]}")
+            runs[name] = (plain_run if name == "plain" else our_run)(cfg, train.images)
+        trace = race(runs, epochs, train, test)
+        for name in runs:
+            results.setdefault(f"knn_{name}", []).append(trace[name][-1][2])
+            results.setdefault(f"seconds_{name}", []).append(trace[name][-1][0])
+        if "plain" in runs:
+            seconds, _, wanted = trace["plain"][-1]
+            for name in set(runs) - {"plain"}:
+                reached = [s for s, _, accuracy in trace[name] if accuracy >= wanted]
+                ratio = seconds / reached[0] if reached else float("nan")
+                results.setdefault(f"time_{name}_vs_plain", []).append(ratio)
+    for key, values in sorted(results.items()):
+        spread = f" ± {stdev(values):.4g}" if len(values) > 1 else ""
+        print(f"{key:28} {mean(values):10.4g}{spread} (n = {len(values)})")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

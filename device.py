@@ -1,0 +1,63 @@
+"""What the machine can do: the device, its number format, and whether compiling pays."""
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from errors import ConfigError
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the first there is of cuda, mps, cpu.
+
+    Raises ConfigError for one that this machine does not have.
+    """
+    found = [
+        torch.cuda.is_available() and "cuda",
+        torch.backends.mps.is_available() and "mps",
+        "cpu",
+    ]
+    found = [device for device in found if device]
+    if name not in ("auto", *found):
+        raise ConfigError(
+            f"device={name!r}: must be one that this machine has, {', '.join(found)}, "
+            "or auto, which takes the first of them"
+        )
+    return torch.device(found[0] if name == "auto" else name)
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """What convolutions and matrix products compute in: a name of PRECISIONS, or `auto`.
+
+    `auto` is bfloat16 where the device multiplies it in hardware, which needs no care since its
+    range is that of float32; float16 on an older GPU, whose small range needs a gradient scaler;
+    float32 elsewhere.
+    """
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu":  # without these torch takes bfloat16 too, but slower than float32
+        found = torch.cpu.get_capabilities()
+        if found.get("avx512_bf16") or found.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def select_compile(
+    choice: bool | str, device: torch.device, steps: int, activation_checkpointing: bool
+) -> bool:
+    """Whether to torch.compile: true, false, or `auto`."""
+    if choice == "auto":
+        return False
+    return choice
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Convolutions and matrix products in `dtype`, the weights stay float32 (mixed precision)."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
