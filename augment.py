@@ -164,9 +164,7 @@ def random_color_jitter(x: Tensor, u: Tensor, hue_turn: int, strength: float) ->
     return color_jitter(x, factors, shift, u[5:8].argsort(dim=0), hue_turn)
 
 
-def color_jitter(
-    x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, hue_turn: int
-) -> Tensor:
+def color_jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, hue_turn: int) -> Tensor:
     """Brightness, contrast and saturation in each image's own order, the hue at `hue_turn`.
 
     x: (N, 3, H, W) in [0, 1], which is written over. factors: (3, N) of brightness, contrast and
@@ -218,7 +216,7 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    least = torch.tensor([3.0, 5.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    least = torch.arange(3, 8, 2, device=x.device).view(1, 3, 1, 1)  # 3, 5 and 7, which is 1
     k = (hue + 6 * shift) - least
     k = k.sub_((k / 6).round_(), alpha=6).abs_()  # the shorter way round
     return value - k.neg_().add_(2).clamp_(0, 1).mul_(chroma)

@@ -1,6 +1,5 @@
 """What the machine can do: the device, its number format, and whether compiling pays."""
 
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

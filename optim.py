@@ -11,11 +11,17 @@ FUSED = ("cuda", "mps", "cpu")  # devices on which torch updates all parameters 
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], momentum: float, weight_decay: float
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    momentum: float,
+    weight_decay: float,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum; the learning rate is set at each step by `set_learning_rate`.
 
-    Weight decay applies to all parameters, as in the published repository.
+    Weight decay applies to all parameters, as in the published repository. `fused`: in one kernel
+    on the devices that have it; not for use with a gradient scaler, because a first step that
+    overflows leaves torch's fused momentum uninitialised (2.14.1, torch/optim/sgd.py).
     Raises ValueError for a name that is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
@@ -27,7 +33,7 @@ def make_optimizer(
         momentum=momentum,
         nesterov=momentum > 0,
         weight_decay=weight_decay,
-        fused=parameters[0].device.type in FUSED,
+        fused=fused and parameters[0].device.type in FUSED,
     )
 
 

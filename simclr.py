@@ -82,9 +82,15 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
         cfg.activation_checkpointing,
     )
     model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(cfg.optimizer, model.parameters(), cfg.momentum, cfg.weight_decay)
     dtype = select_precision(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer = make_optimizer(
+        cfg.optimizer,
+        model.parameters(),
+        cfg.momentum,
+        cfg.weight_decay,
+        fused=not scaler.is_enabled(),
+    )
     rng = torch.Generator(device).manual_seed(cfg.seed)
     make_views = random_views
     compiled = select_compile(cfg.compile, device, steps, cfg.activation_checkpointing)

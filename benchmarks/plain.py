@@ -4,8 +4,6 @@ PIL images through torchvision's transforms in a DataLoader with two workers, a 
 with contiguous tensors, eager, plain SGD. Model, loss and settings are those of simclr.py.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from PIL import Image
@@ -61,13 +59,6 @@ def plain_loader(
         persistent_workers=True,
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def forever(loader: DataLoader) -> Iterator[Tensor]:
-    """Its batches as 2N views, epoch after epoch."""
-    while True:
-        for pair in loader:
-            yield torch.cat(pair)
 
 
 def plain_step(

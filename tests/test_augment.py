@@ -1,6 +1,7 @@
 """The batched augmentations against torchvision's own, per operation and in distribution."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def images(n: int = 8, height: int = 32, width: int = 32) -> torch.Tensor:
     return x
 
 
+def views(x: torch.Tensor, size: int, rng: torch.Generator) -> torch.Tensor:
+    """Random views with the default settings."""
+    return augment.random_views(x, augment.draw(len(x), rng), size, SCALE, 0.5, 0.5, 0.2)
+
+
 def per_image(n: int, low: float, high: float) -> torch.Tensor:
     return torch.linspace(low, high, n)
 
@@ -30,53 +36,71 @@ def per_image(n: int, low: float, high: float) -> torch.Tensor:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
 def test_crop_and_flip_equal_torchvisions_for_the_same_box(size, height, width):
     x = images(64, height, width)
-    rng = torch.Generator().manual_seed(1)
-    boxes = augment.sample_boxes(x, SCALE, rng)
+    u = augment.draw(64, torch.Generator().manual_seed(1))
+    boxes = augment.sample_boxes(x.shape, u[augment.BOX], SCALE)
     flip = torch.arange(64) % 2 == 0
-    views = augment.crop_flip(x, boxes, flip, size)
+    found = augment.crop_flip(x, boxes, flip, size)
     for n, (top, left, h, w) in enumerate(zip(*(box.tolist() for box in boxes), strict=True)):
         expected = tvf.resized_crop(x[n], top, left, h, w, [size, size], antialias=True)
         expected = tvf.hflip(expected) if flip[n] else expected
-        torch.testing.assert_close(views[n], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[n], expected, atol=1e-5, rtol=0)
 
 
 def test_whole_box_leaves_an_image_as_it_is():
     x = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     whole = tuple(torch.full((4,), value) for value in (0, 0, 32, 32))
-    views = augment.crop_flip(x, whole, torch.zeros(4, dtype=torch.bool), 32)
-    torch.testing.assert_close(views, x / 255, atol=1e-6, rtol=0)
+    found = augment.crop_flip(x, whole, torch.zeros(4, dtype=torch.bool), 32)
+    torch.testing.assert_close(found, x / 255, atol=1e-6, rtol=0)
 
 
+HUE = 3
 TORCHVISION = {
     augment.BRIGHTNESS: tvf.adjust_brightness,
     augment.CONTRAST: tvf.adjust_contrast,
     augment.SATURATION: tvf.adjust_saturation,
-    augment.HUE: tvf.adjust_hue,
+    HUE: tvf.adjust_hue,
 }
 
 
 def test_color_jitter_equals_torchvisions_operations_in_every_order():
-    orders = list(itertools.permutations(range(4)))
-    n = len(orders)
+    n = 8
     x = images(n)
     amounts = torch.stack([per_image(n, 0.6, 1.4), per_image(n, 1.4, 0.6), per_image(n, 0.2, 1.8),
                            per_image(n, -0.5, 0.5)])  # fmt: skip
-    jittered = augment.color_jitter(x, amounts, torch.tensor(orders))
-    for i, order in enumerate(orders):
-        expected = x[i]
+    seen = []
+    for order in itertools.permutations(range(4)):
+        blends = torch.tensor([op for op in order if op != HUE])[:, None].expand(3, n)
+        jittered = augment.color_jitter(
+            x.clone(), amounts[:3], amounts[3], blends, order.index(HUE)
+        )
+        expected = x
         for op in order:
-            expected = TORCHVISION[op](expected, amounts[op, i].item())
-        torch.testing.assert_close(jittered[i], expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(
-        augment.color_jitter(x[:1], amounts[:, :1], torch.tensor(orders[:1])),
-        augment.color_jitter(x[:1], amounts[:, :1], torch.tensor(orders[-1:])),
-    )  # the order matters, so that the comparison above can fail
+            expected = torch.stack(
+                [TORCHVISION[op](expected[i], amounts[op, i].item()) for i in range(n)]
+            )
+        torch.testing.assert_close(jittered, expected, atol=1e-5, rtol=0)
+        seen.append(jittered)
+    apart = torch.pdist(torch.stack(seen).flatten(1))
+    assert apart.min() > 0.1  # the order matters, so that the comparison above can fail
+
+
+def test_each_image_has_its_own_order_of_the_blends():
+    orders = torch.tensor(list(itertools.permutations(range(3)))).T  # 3×6
+    x = images(1).repeat(6, 1, 1, 1)
+    factors = torch.tensor([[0.6], [1.4], [0.2]]).expand(3, 6)
+    together = augment.color_jitter(x.clone(), factors, torch.zeros(6), orders, 0)
+    for n in range(6):
+        alone = augment.color_jitter(
+            x[:1].clone(), factors[:, :1], torch.zeros(1), orders[:, n : n + 1], 0
+        )
+        torch.testing.assert_close(together[n : n + 1], alone, atol=1e-6, rtol=0)
+    assert torch.pdist(together.flatten(1)).max() > 0.1
 
 
 def test_grayscale_equals_torchvisions():
     x = images()
     expected = tvf.rgb_to_grayscale(x, num_output_channels=3)
-    torch.testing.assert_close(augment.grayscale(x), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(augment.grayscale(x).expand_as(x), expected, atol=1e-6, rtol=0)
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -91,8 +115,9 @@ def test_boxes_have_the_distribution_of_random_resized_crop():
     x = torch.zeros(3, 32, 32)
     drawn = [crop.make_params([x]) for _ in range(n)]
     theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn]).T
-    rng = torch.Generator().manual_seed(0)
-    ours = torch.stack(augment.sample_boxes(torch.zeros(n, 3, 32, 32), SCALE, rng))
+    u = augment.draw(n, torch.Generator().manual_seed(0))
+    shape = torch.Size((n, 3, 32, 32))
+    ours = torch.stack(augment.sample_boxes(shape, u[augment.BOX], SCALE))
     for mine, reference in zip(ours, theirs, strict=True):
         assert distance(mine, reference) < 0.02  # 0.02 is seen once in a thousand at n = 20,000
     area, ratio = ours[2] * ours[3] / 1024, ours[3] / ours[2]
@@ -102,10 +127,10 @@ def test_boxes_have_the_distribution_of_random_resized_crop():
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 60), (60, 10), (32, 32)])
-def test_a_box_that_never_fits_falls_back_as_in_torchvision(height, width, monkeypatch):
-    monkeypatch.setattr(augment, "uniform", lambda shape, like, generator: torch.full(shape, 0.999))
-    x = torch.zeros(1, 3, height, width)  # area and ratio at their largest: wider than the image
-    box = [t.item() for t in augment.sample_boxes(x, (1.0, 1.0))]
+def test_a_box_that_never_fits_falls_back_as_in_torchvision(height, width):
+    u = torch.full((22, 1), 0.999)  # area and ratio at their largest: wider than the image
+    shape = torch.Size((1, 3, height, width))
+    box = [t.item() for t in augment.sample_boxes(shape, u, (1.0, 1.0))]
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     assert box == [(height - h) // 2, (width - w) // 2, h, w]
 
@@ -132,7 +157,7 @@ def test_many_views_of_one_image_have_torchvisions_mean_and_covariance():
     image = (image * torch.tensor([1.0, 0.7, 0.4]).view(3, 1, 1)).round(decimals=3)
     torch.manual_seed(0)
     theirs = their_views(image[0], n)
-    ours = augment.random_views(image.repeat(n, 1, 1, 1), 16, SCALE, 0.5, 0.5, 0.2, rng)
+    ours = views(image.repeat(n, 1, 1, 1), 16, rng)
     error = 5 * theirs.std(dim=0) / n**0.5 * 2**0.5  # 5 σ of the difference of two means
     assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() <= error).all()
     corners = [v[:, :, ::5, ::5].reshape(n, -1) for v in (ours, theirs)]  # 3 × 4 × 4 values
@@ -146,50 +171,124 @@ def test_many_views_of_one_image_have_torchvisions_mean_and_covariance():
 
 def test_every_view_has_parameters_of_its_own():
     x = images(1).repeat(64, 1, 1, 1)
-    views = augment.random_views(x, 32, SCALE, 0.5, 0.5, 0.2, torch.Generator().manual_seed(0))
-    flat = views.flatten(1)
+    flat = views(x, 32, torch.Generator().manual_seed(0)).flatten(1)
     apart = torch.cdist(flat, flat).fill_diagonal_(1)
     assert apart.min() > 1e-3  # no two of 64 views of one image are the same
 
 
-def test_color_orders_and_amounts_are_drawn_for_each_image(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        augment, "color_jitter", lambda x, amounts, order: seen.update(order=order, amounts=amounts)
-        or x
-    )  # fmt: skip
-    augment.random_color_jitter(images(2400, 8, 8), 0.5, torch.Generator().manual_seed(0))
-    orders, counts = seen["order"].unique(dim=0, return_counts=True)
-    assert len(orders) == 24 and counts.min() > 60 and counts.max() < 140  # 100 each expected
-    low = torch.tensor([0.6, 0.6, 0.6, -0.1])
-    high = torch.tensor([1.4, 1.4, 1.4, 0.1])
-    torch.testing.assert_close(seen["amounts"].amin(dim=1), low, atol=0.01, rtol=0)
-    torch.testing.assert_close(seen["amounts"].amax(dim=1), high, atol=0.01, rtol=0)
+@pytest.fixture
+def jitters(monkeypatch):
+    """What `color_jitter` is asked to do: by the image's number, its parameters."""
+    seen = []
+
+    def record(x, factors, shift, order, hue_turn):
+        numbers = (x[:, 0, 0, 0] * 255).round().int().tolist()
+        columns = zip(factors.T.tolist(), shift.tolist(), order.T.tolist(), strict=True)
+        seen.extend((n, hue_turn, *column) for n, column in zip(numbers, columns, strict=True))
+        return x
+
+    monkeypatch.setattr(augment, "color_jitter", record)
+    return seen
 
 
-def test_probabilities_of_flip_jitter_and_grayscale():
-    n = 4000
-    x = images(1, 8, 8).repeat(n, 1, 1, 1)
+def numbered(n: int) -> torch.Tensor:
+    """n images, each of one gray, which tells which it is."""
+    return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 8, 8)
+
+
+def test_color_orders_and_amounts_are_drawn_for_each_image(jitters):
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        views(numbered(120), 8, rng)
+    orders = Counter()
+    for _, hue_turn, _, _, blends in jitters:
+        orders[(*blends[:hue_turn], HUE, *blends[hue_turn:])] += 1
+    assert len(orders) == 24 and min(orders.values()) > 60 and max(orders.values()) < 140  # of 100
+    factors = torch.tensor([factors for _, _, factors, _, _ in jitters])
+    shift = torch.tensor([shift for _, _, _, shift, _ in jitters])
+    assert factors.amin(0).tolist() == pytest.approx([0.6] * 3, abs=0.01)
+    assert factors.amax(0).tolist() == pytest.approx([1.4] * 3, abs=0.01)
+    assert (shift.min().item(), shift.max().item()) == pytest.approx((-0.1, 0.1), abs=0.01)
+    correlation = torch.cat([factors, shift[:, None]], dim=1).T.corrcoef() - torch.eye(4)
+    one = (factors == 1).all(dim=1)  # not jittered at all: these alone are equal in all four
+    assert one.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert correlation.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 9])
+def test_the_place_of_the_hue_is_uniform_for_each_image_of_any_batch(jitters, n):
+    rng = torch.Generator().manual_seed(0)
+    repeats = 400
+    for _ in range(repeats):
+        views(numbered(n), 8, rng)
+    turns = Counter((image, hue_turn) for image, hue_turn, *_ in jitters)
+    if n % 4:  # copies of the last image fill its group up, and are cut off
+        turns = Counter({key: count for key, count in turns.items() if key[0] < n - 1})
+    expected = [repeats / 4] * (4 * (n if n % 4 == 0 else n - 1))
+    assert list(turns.values()) == pytest.approx(expected, abs=45)  # 5 σ
+
+
+def test_the_place_of_the_hue_in_both_views_of_an_image_is_independent(jitters):
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        views(numbered(8).repeat(2, 1, 1, 1) + torch.arange(2)[:, None, None, None]
+              .repeat_interleave(8, 0).to(torch.uint8) * 100, 8, rng)  # fmt: skip
+    turns = [dict(), dict()]
+    for start in range(0, len(jitters), 16):
+        step = {image: hue_turn for image, hue_turn, *_ in jitters[start : start + 16]}
+        for image in range(8):
+            turns[0][start, image], turns[1][start, image] = step[image], step[100 + image]
+    pairs = Counter(zip(turns[0].values(), turns[1].values(), strict=True))
+    assert len(pairs) == 16 and max(pairs.values()) < 150 and min(pairs.values()) > 55  # of 100
+
+
+@pytest.mark.parametrize("n", [1, 5, 4000])
+def test_probabilities_of_flip_jitter_and_grayscale_and_each_view_in_its_place(n):
+    x = images(n, 8, 8)
+    whole = (0.999999, 1.0)
 
     def share_changed(flip=0.0, strength=0.0, gray=0.0):
-        rng = torch.Generator().manual_seed(0)
-        views = augment.random_views(x, 8, (0.999999, 1.0), flip, strength, gray, rng)
-        same_box = augment.sample_boxes(x, (0.999999, 1.0), torch.Generator().manual_seed(0))
-        plain = augment.crop_flip(x, same_box, torch.zeros(n, dtype=torch.bool), 8)
-        return ((views - plain).abs().amax(dim=(1, 2, 3)) > 1e-4).float().mean().item()
+        u = augment.draw(n, torch.Generator().manual_seed(0))
+        found = augment.random_views(x, u, 8, whole, flip, strength, gray)
+        box = augment.sample_boxes(x.shape, u[augment.BOX], whole)
+        plain = augment.crop_flip(x, box, torch.zeros(n, dtype=torch.bool), 8)
+        return ((found - plain).abs().amax(dim=(1, 2, 3)) > 1e-4).float().mean().item()
 
     assert share_changed() == 0
-    assert share_changed(flip=0.5) == pytest.approx(0.5, abs=0.03)
-    assert share_changed(strength=0.5) == pytest.approx(0.8, abs=0.03)
-    assert share_changed(gray=0.2) == pytest.approx(0.2, abs=0.03)
+    if n == 4000:
+        assert share_changed(flip=0.5) == pytest.approx(0.5, abs=0.03)
+        assert share_changed(strength=0.5) == pytest.approx(0.8, abs=0.03)
+        assert share_changed(gray=0.2) == pytest.approx(0.2, abs=0.03)
 
 
 def test_values_stay_in_range_and_follow_from_the_seed():
     x = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8)
-    views, again = (
-        augment.random_views(x, 24, SCALE, 0.5, 1.0, 0.2, torch.Generator().manual_seed(7))
-        for _ in range(2)
-    )
-    assert views.shape == (128, 3, 24, 24) and views.dtype == torch.float32
-    assert views.min() >= 0 and views.max() <= 1
-    assert torch.equal(views, again)
+    found, again = (views(x, 24, torch.Generator().manual_seed(7)) for _ in range(2))
+    assert found.shape == (128, 3, 24, 24) and found.dtype == torch.float32
+    assert found.min() >= 0 and found.max() <= 1
+    assert torch.equal(found, again)
+
+
+def test_images_and_drawn_numbers_are_left_as_they_are():
+    for x in (images(5), torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)):
+        u = augment.draw(5, torch.Generator().manual_seed(0))
+        before = x.clone(), u.clone()
+        augment.random_views(x, u, 8, SCALE, 0.5, 0.5, 0.2)
+        assert torch.equal(x, before[0]) and torch.equal(u, before[1])
+
+
+def test_one_graph_without_breaks_gives_the_same_views():
+    """What torch.compile takes, less the code generation: no data-dependent control flow."""
+    x = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    u = augment.draw(10, torch.Generator().manual_seed(0))
+    compiled = torch.compile(augment.random_views, backend="aot_eager", fullgraph=True)
+    settings = (24, SCALE, 0.5, 0.5, 0.2)
+    torch.testing.assert_close(compiled(x, u, *settings), augment.random_views(x, u, *settings))
+
+
+def test_view_sizes_are_shares_of_the_steps_in_their_order():
+    schedule = [[16, 0.5], [24, 0.3], [32, 0.2]]
+    sizes = [augment.view_size(step, 10, schedule) for step in range(10)]
+    assert sizes == [16] * 5 + [24] * 3 + [32] * 2
+    thirds = [[16, 0.333333], [24, 0.333333], [32, 0.333333]]
+    assert augment.view_size(10**7 - 1, 10**7, thirds) == 32

@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from config import CONFIG_FILE, RULES, select_device
+from config import CONFIG_FILE, RULES
 from errors import ConfigError, one_line_errors
 
 KEYS = [key for key in OmegaConf.load(CONFIG_FILE) if key != "hydra"]
@@ -24,7 +23,8 @@ def test_defaults(config):
         "temperature": 0.5, "finetune_epochs": 100, "load_epoch": None, "device": "auto",
         "image_size": 32, "min_learning_rate": 1e-3, "finetune_learning_rate": 0.2,
         "crop_scale": [0.08, 1.0], "color_strength": 0.5, "grayscale_probability": 0.2,
-        "flip_probability": 0.5, "checkpoint": None,
+        "flip_probability": 0.5, "checkpoint": None, "precision": "auto", "compile": "auto",
+        "activation_checkpointing": False, "view_sizes": None,
     }  # fmt: skip
     assert {key: cfg[key] for key in given} == given
 
@@ -96,6 +96,18 @@ BAD = [
     ("checkpoint", "''", "null or a path"),
     ("baseline", "supervised", "null or one of random, pixels"),
     ("finetune_learning_rate", "zero", "above 0"),
+    ("finetune_views", "0", "integer from 1"),
+    ("precision", "fp8", "auto, fp32, bf16, fp16"),
+    ("compile", "fast", "auto, true or false"),
+    ("compile", "1", "auto, true or false"),
+    ("activation_checkpointing", "auto", "true or false"),
+    ("view_sizes", "16", "null or [[pixels,share],...]"),
+    ("view_sizes", "[]", "[[pixels,share],...]"),
+    ("view_sizes", "[16,24]", "[[pixels,share],...]"),
+    ("view_sizes", "[[16,0.5],[32,0.4]]", "sum to 1"),
+    ("view_sizes", "[[4,0.5],[32,0.5]]", "pixels from 8 to 1024"),
+    ("view_sizes", "[[16,1.5],[32,-0.5]]", "shares of the steps"),
+    ("view_sizes", "[[16.5,1]]", "pixels from 8"),
 ]
 
 
@@ -149,23 +161,6 @@ def test_the_cosine_of_the_linear_layer_may_not_climb_either(config):
     config("finetune_learning_rate=1e-4")  # of no concern to pretraining
     with pytest.raises(ConfigError, match="at most finetune_learning_rate"):
         config("finetune_learning_rate=1e-4", peak="finetune_learning_rate")
-
-
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert select_device("auto") == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"device='cuda'.*cpu"):
-        select_device("cuda")
-
-
-def test_auto_prefers_cuda_then_mps(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_device("auto").type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert select_device("auto").type == "cuda"
-    assert select_device("cpu").type == "cpu"
 
 
 def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.models import resnet18
 
 from models import BACKBONES, SimCLR, nt_xent
@@ -179,3 +181,59 @@ def test_head_has_no_batch_norm():
 def test_an_unknown_backbone_is_refused_with_the_list(name):
     with pytest.raises(ValueError, match="resnet18, resnet34, resnet50, resnet101, resnet152"):
         SimCLR(name)
+
+
+def test_nt_xent_holds_two_matrices_of_all_pairs_at_most():
+    """At N = 4,096, forward and backward together; beside them z and its gradient, 4 MiB each."""
+    n = 4096
+    with FakeTensorMode():
+        z = [torch.rand(n, 128, requires_grad=True) for _ in range(2)]
+        tracker = MemTracker()
+        tracker.track_external(*z)
+        with tracker:
+            nt_xent(*z)[0].backward()
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    matrix = 4 * (2 * n) ** 2
+    assert 1.9 * matrix < peak < 2 * matrix + 24 * 2**20
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_blocks_give_the_same_gradients_and_running_statistics(backbone, dtype):
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = SimCLR(backbone, 16, 32, activation_checkpointing=recompute).train()
+        for _ in range(2):  # a second pass, to see that the statistics moved on once
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                _, z = model(torch.rand(8, 3, 16, 16))
+            nt_xent(*z.chunk(2))[0].backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters()}
+        found.append((gradients, dict(model.named_buffers())))
+    for plain, recomputed in zip(*found, strict=True):
+        assert plain.keys() == recomputed.keys()
+        for name in plain:
+            torch.testing.assert_close(plain[name], recomputed[name], msg=name)
+    assert found[1][1]["enc.layer1.0.bn1.num_batches_tracked"] == 2
+
+
+def test_recomputing_keeps_each_block_from_holding_its_activations():
+    kept = []
+    for recompute in (False, True):
+        model = SimCLR("resnet18", 16, 32, activation_checkpointing=recompute).train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            model(torch.rand(8, 3, 16, 16))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
+
+
+def test_recomputation_changes_neither_names_nor_evaluation():
+    torch.manual_seed(0)
+    plain, recomputed = SimCLR(), SimCLR(activation_checkpointing=True)
+    recomputed.load_state_dict(plain.state_dict(), strict=True)
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x)[0], recomputed.eval()(x)[0])

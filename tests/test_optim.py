@@ -43,3 +43,20 @@ def test_momentum_may_be_zero():
 def test_an_unknown_optimizer_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"'adam'.*sgd"):
         make_optimizer("adam", [torch.nn.Parameter(torch.zeros(1))], 0.9, 0.0)
+
+
+def test_the_update_is_one_kernel_where_torch_has_one_and_the_same_everywhere():
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2)]
+    fused = make_optimizer("sgd", [weights[0]], 0.9, 0.1)
+    plain = torch.optim.SGD(
+        [weights[1]], lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.1, foreach=False
+    )
+    assert fused.param_groups[0]["fused"]
+    for rate in (0.5, 0.4, 0.3):
+        for weight, optimizer in zip(weights, (fused, plain), strict=True):
+            set_learning_rate(optimizer, rate)
+            weight.grad = weight.detach() ** 2
+            optimizer.step()
+    torch.testing.assert_close(*weights)
+    on_meta = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    assert not make_optimizer("sgd", [on_meta], 0.9, 0.1).param_groups[0]["fused"]

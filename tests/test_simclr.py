@@ -1,11 +1,13 @@
 """Pretraining by really running it: what the optimizer, the views and the files are."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import simclr
 from checkpoint import load_checkpoint
@@ -88,10 +90,10 @@ def test_initial_weights_and_views_both_follow_from_the_seed(run, batches, monke
     weights = []
     make = simclr.make_optimizer
 
-    def record(name, parameters, *args):
+    def record(name, parameters, *args, **kwargs):
         parameters = list(parameters)
         weights.append(parameters[0].detach().clone())
-        return make(name, parameters, *args)
+        return make(name, parameters, *args, **kwargs)
 
     monkeypatch.setattr(simclr, "make_optimizer", record)
     run("epochs=1")
@@ -107,7 +109,7 @@ def test_metrics_have_one_line_an_epoch(run):
     for line in lines:
         assert set(line) == {
             "epoch", "step", "loss", "contrastive_accuracy", "learning_rate",
-            "views_per_second", "seconds",
+            "view_size", "views_per_second", "seconds",
         }  # fmt: skip
         assert 0 < line["loss"] < 2 * math.log(15) and 0 <= line["contrastive_accuracy"] <= 1
         assert line["views_per_second"] * line["seconds"] == pytest.approx(2 * 8 * 3)
@@ -130,7 +132,10 @@ def test_steps_on_one_batch_lower_the_loss_below_that_of_a_collapsed_encoder():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     x = torch.rand(8, 3, 8, 8)
     views = torch.cat([x, x + 0.1 * torch.rand_like(x)])
-    steps = [simclr.train_step(model, optimizer, views, 0.5) for _ in range(12)]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    steps = [
+        simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32) for _ in range(12)
+    ]
     assert steps[-1][0] < math.log(15) - 0.5 and steps[-1][1] == 1
     assert not steps[0][0].requires_grad
 
@@ -158,23 +163,18 @@ def test_the_loss_gets_the_two_views_of_an_image_in_the_same_row(run, batches, m
         return outputs[-1][1]
 
     monkeypatch.setattr(SimCLR, "forward", forward)
-    run("epochs=1", "temperature=0.3")
+    run("epochs=1", "temperature=0.3", "precision=fp32")
     for (x, (_, z)), (z1, z2, temperature), (_, views) in zip(outputs, seen, batches, strict=True):
         assert torch.equal(x, views) and temperature == 0.3
         assert torch.equal(z1, z[:8]) and torch.equal(z2, z[8:])
 
 
-def test_no_two_steps_draw_from_the_same_state(run, monkeypatch):
-    states = []
-    random_views = simclr.random_views
-
-    def record(*args):
-        states.append(tuple(args[-1].get_state().tolist()))
-        return random_views(*args)
-
-    monkeypatch.setattr(simclr, "random_views", record)
+def test_no_two_steps_draw_the_same_numbers(run, monkeypatch):
+    drawn = []
+    draw = simclr.draw
+    monkeypatch.setattr(simclr, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     run("epochs=3")
-    assert len(set(states)) == len(states) == 9
+    assert len({tuple(u.flatten().tolist()) for u in drawn}) == 9
 
 
 def test_an_epoch_sees_each_image_once_in_a_new_order(run, batches):
@@ -189,8 +189,8 @@ def test_the_config_reaches_the_augmentation(run, monkeypatch):
     monkeypatch.setattr(
         simclr,
         "random_views",
-        lambda images, size, *args: (
-            seen.append((size, *args[:-1])) or torch.rand(len(images), 3, size, size)
+        lambda images, u, size, *args: (
+            seen.append((size, *args)) or torch.rand(len(images), 3, size, size)
         ),
     )
     run(
@@ -266,3 +266,126 @@ def test_keys_of_the_evaluation_are_refused(toy):
 def test_the_resolved_config_is_beside_the_run(run, toy):
     folder = run("temperature=0.2")
     assert OmegaConf.load(folder / "config.yaml") == toy("temperature=0.2")
+
+
+def test_views_grow_over_the_run_as_view_sizes_says(run, batches):
+    folder = run("view_sizes=[[8,0.5],[12,0.25],[16,0.25]]", "image_size=16", "epochs=4")
+    assert [views.shape[-1] for _, views in batches] == [8] * 6 + [12] * 3 + [16] * 3
+    assert [line["view_size"] for line in metrics(folder)] == [8, 8, 12, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_the_model_computes_in_the_precision_and_the_loss_in_float32(run, monkeypatch, name, dtype):
+    seen = []
+
+    def loss(z1, z2, temperature):
+        value, accuracy = nt_xent(z1, z2, temperature)
+        seen.append((z1.dtype, value.dtype))
+        return value, accuracy
+
+    monkeypatch.setattr(simclr, "nt_xent", loss)
+    folder = run(f"precision={name}", "epochs=1")
+    assert set(seen) == {(dtype, torch.float32)}
+    weights = load_checkpoint(folder / "simclr_resnet18_epoch1.pt")["model"].values()
+    assert all(w.dtype == torch.float32 for w in weights if w.is_floating_point())
+
+
+def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(toy, monkeypatch):
+    cfg = toy("precision=fp16", "projection_dim=4", "hidden_dim=8")
+    model, optimizer, scaler, *_ = simclr.start_training(cfg, torch.device("cpu"), 2)
+    simclr.set_learning_rate(optimizer, 0.1)
+    plain = copy.deepcopy(model)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    views = torch.rand(8, 3, 8, 8)
+    scale = scaler.get_scale()
+
+    def step():
+        simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            simclr, "nt_xent", lambda *args: (nt_xent(*args)[0] * math.inf, torch.tensor(0.0))
+        )
+        step()
+    assert all(map(torch.equal, before, model.parameters())) and scaler.get_scale() == scale / 2
+    step()  # as if the other had not been: no momentum of it, and the scale taken out again
+    nt_xent(*plain(views)[1].chunk(2))[0].backward()
+    for old, new, weight in zip(before, model.parameters(), plain.parameters(), strict=True):
+        first = 0.1 * (1 + cfg.momentum) * (weight.grad + cfg.weight_decay * old)
+        torch.testing.assert_close(new.detach(), old - first, atol=1e-6, rtol=1e-4)
+
+
+def test_float16_alone_gets_a_scaler(toy):
+    for name, enabled in (("fp32", False), ("bf16", False), ("fp16", True)):
+        training = simclr.start_training(toy(f"precision={name}"), torch.device("cpu"), 6)
+        assert training.scaler.is_enabled() == enabled
+        assert training.optimizer.param_groups[0]["fused"] != enabled
+
+
+def test_model_and_optimizer_are_laid_out_for_speed(toy):
+    training = simclr.start_training(toy(), torch.device("cpu"), 6)
+    last = torch.channels_last
+    assert training.model.enc.layer1[0].conv1.weight.is_contiguous(memory_format=last)
+    assert training.model.enc.conv1(torch.rand(2, 3, 8, 8)).is_contiguous(memory_format=last)
+    assert training.optimizer.param_groups[0]["fused"]
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes the CPU wait for a GPU, or the GPU for the CPU: a value that is read, a
+    shape that depends on one, a tensor made of Python numbers."""
+
+    WAITS = "_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal"
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.WAITS), name
+        if name in ("index", "index_put_", "index_put"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as index"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_a_whole_step_runs_on_the_meta_device(toy, backbone, recompute):
+    """There are no values there: static shapes, no sync with the device, no tensor left on the
+    CPU, since each of these would be an error."""
+    meta = torch.device("meta")
+    cfg = toy(
+        f"backbone={backbone}", f"activation_checkpointing={recompute}", "precision=fp32",
+        "batch_size=6",
+    )  # fmt: skip
+    with meta:
+        model = SimCLR(cfg.backbone, activation_checkpointing=cfg.activation_checkpointing)
+        images = torch.empty(30, 3, 32, 32, dtype=torch.uint8)
+        order = torch.randperm(30)
+        u = torch.rand(36, 12)
+    optimizer = simclr.make_optimizer("sgd", model.parameters(), 0.9, 1e-6)
+    simclr.set_learning_rate(optimizer, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with NoSync():
+        batch = images[order[:6]].repeat(2, 1, 1, 1)
+        views = simclr.random_views(batch, u, 24, (0.08, 1.0), 0.5, 0.5, 0.2)
+        loss, accuracy = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
+    assert views.shape == (12, 3, 24, 24)
+    assert {t.device for t in (views, loss, accuracy, *model.parameters())} == {meta}
+    assert all(weight.grad.device == meta for weight in model.parameters())
+
+
+def test_recomputation_is_passed_on_and_gives_the_same_run(run, toy):
+    plain, recomputed = run(), run("activation_checkpointing=true")
+    training = simclr.start_training(toy("activation_checkpointing=true"), torch.device("cpu"), 1)
+    assert "forward" in vars(training.model.enc.layer1[0])
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (plain, recomputed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or f)
+    monkeypatch.setattr(SimCLR, "compile", lambda self, **options: compiled.append(self))
+    simclr.start_training(toy("compile=false"), torch.device("cpu"), 10**9)
+    assert compiled == []
+    training = simclr.start_training(toy("compile=true"), torch.device("cpu"), 1)
+    assert compiled == [training.model, simclr.random_views] and training.compiled

@@ -124,12 +124,51 @@ def test_the_linear_layer_maps_h_to_classes(evaluate, spy):
     assert (spy["head"].in_features, spy["head"].out_features) == (512, 3)
 
 
-def test_every_training_image_is_used_in_every_epoch_and_then_every_test_image_once(evaluate, spy):
-    """Whatever the batch; no test image passes the encoder before the layer is trained."""
-    evaluate("batch_size=7")
+def test_the_encoder_sees_each_view_once_and_each_test_image_once(evaluate, spy):
+    """Whatever the batch, and however many epochs the layer is trained for."""
+    evaluate("batch_size=7", "finetune_views=3", "finetune_epochs=5")
     seen = [n for *_, n in spy["calls"]]
-    bank, train, test = [7, 7, 7, 3], [7, 7, 7, 3] * 2, [7, 2]
-    assert seen == bank + train + test
+    bank, views, test = [7, 7, 7, 3], [7, 7, 7, 3] * 3, [7, 2]
+    assert seen == bank + views + test
+
+
+def test_the_layer_sees_each_image_once_an_epoch_and_cycles_through_the_views(
+    evaluate, monkeypatch
+):
+    """Features that tell the view, 0 to 2, and the image, 0 to 23."""
+    inputs = []
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, h: inputs.append(h) or forward(self, h)
+    )
+
+    def numbered(cfg, enc, train, test, size, dtype):
+        view, image = torch.meshgrid(torch.arange(3.0), torch.arange(24.0), indexing="ij")
+        return torch.ones(24, 2), torch.stack([view, image], dim=-1), torch.ones(9, 2)
+
+    monkeypatch.setattr(simclr_lin, "all_features", numbered)
+    evaluate("batch_size=7", "finetune_views=3", "finetune_epochs=5")
+    epochs = [torch.cat(inputs[4 * e : 4 * e + 4]) for e in range(5)]
+    assert [epoch[:, 0].unique().tolist() for epoch in epochs] == [[0], [1], [2], [0], [1]]
+    orders = [epoch[:, 1].tolist() for epoch in epochs]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_reaches_the_features_and_not_the_layer(
+    evaluate, spy, monkeypatch, name, dtype
+):
+    seen = []
+    train = simclr_lin.train_linear_layer
+
+    def record(cfg, views, *args):
+        seen.append(views.dtype)
+        return train(cfg, views, *args)
+
+    monkeypatch.setattr(simclr_lin, "train_linear_layer", record)
+    evaluate(f"precision={name}")
+    assert seen == [dtype]
 
 
 def test_fewer_labels_than_a_batch_still_train(evaluate, spy, monkeypatch):
@@ -142,7 +181,7 @@ def test_fewer_labels_than_a_batch_still_train(evaluate, spy, monkeypatch):
     )
     evaluate("batch_size=512", "finetune_learning_rate=0.1", "baseline=pixels")
     assert len(initial) == 1 and not torch.equal(initial[0].weight, spy["head"].weight)
-    assert [n for *_, n in spy["calls"]] == [24, 24, 24, 9]
+    assert [n for *_, n in spy["calls"]] == [24, *[24] * 5, 9]
 
 
 def test_the_layer_uses_the_cosine_over_the_finetune_epochs(evaluate, monkeypatch):
@@ -176,19 +215,19 @@ def test_the_layer_has_momentum_and_no_weight_decay(evaluate, monkeypatch):
     assert len(group["params"]) == 2  # the layer's weight and bias, nothing of the encoder
 
 
-def test_crops_and_flips_are_for_training_alone_and_new_at_every_step(evaluate, monkeypatch):
-    seen, states = [], set()
+def test_crops_and_flips_are_for_training_alone_and_new_in_every_view(evaluate, monkeypatch):
+    seen, drawn = [], set()
     crop = simclr_lin.random_crop_flip
 
-    def record(images, *args):
-        seen.append((len(images), *args[:-1]))
-        states.add(tuple(args[-1].get_state().tolist()))
-        return crop(images, *args)
+    def record(images, u, *args):
+        seen.append((len(images), *args))
+        drawn.add(tuple(u.flatten().tolist()))
+        return crop(images, u, *args)
 
     monkeypatch.setattr(simclr_lin, "random_crop_flip", record)
-    evaluate("crop_scale=[0.2,0.9]", "flip_probability=0.3")
+    evaluate("crop_scale=[0.2,0.9]", "flip_probability=0.3", "finetune_views=2")
     assert seen == [(8, 8, (0.2, 0.9), 0.3)] * 6
-    assert len(states) == 6
+    assert len(drawn) == 6
 
 
 def test_nothing_is_chosen_on_the_test_set(evaluate, spy, monkeypatch):
@@ -268,16 +307,16 @@ def test_weights_that_do_not_fit_the_config_are_refused(evaluate, checkpoint):
 @pytest.mark.parametrize("place", ["enc.train()", "weights"])
 def test_an_evaluation_that_moves_the_encoder_fails(evaluate, monkeypatch, place):
     """The two bugs of the published repository, put into the run itself."""
-    train = simclr_lin.train_linear_layer
+    extract = simclr_lin.extract_features
 
-    def unfrozen(cfg, enc, *args):
+    def unfrozen(enc, *args):
         if place == "enc.train()":
             enc.train()
         else:
             with torch.no_grad():
                 next(enc.parameters()).add_(1e-6)
-        return train(cfg, enc, *args)
+        return extract(enc, *args)
 
-    monkeypatch.setattr(simclr_lin, "train_linear_layer", unfrozen)
+    monkeypatch.setattr(simclr_lin, "extract_features", unfrozen)
     with pytest.raises(RuntimeError, match="the frozen encoder has changed"):
         evaluate("batch_size=9")

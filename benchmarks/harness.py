@@ -1,0 +1,82 @@
+"""What the benchmarks share: functions timed in turn, a table, the config, a part of a dataset."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torchvision
+from hydra import compose, initialize
+from omegaconf import DictConfig
+
+from config import check_config, register_config
+from data import Split
+
+
+def synchronize() -> None:
+    """Wait for a GPU to be done, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each function, A B C A B C …, after one call of each."""
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(seconds: dict[str, list[float]], views: int, unit: str = "views") -> None:
+    """A table of medians and spreads; the first row is what the ratios refer to."""
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    print(
+        f"{machine or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
+    reference = median(next(iter(seconds.values())))
+    print(f"{'':34}{unit + '/s':>10}{'median ms':>12}{'min to max':>20}{'ratio':>8}")
+    for name, times in seconds.items():
+        spread = f"{1e3 * min(times):.1f} to {1e3 * max(times):.1f}"
+        middle = median(times)
+        print(
+            f"{name:34}{views / middle:10,.0f}{1e3 * middle:12.1f}{spread:>20}"
+            f"{reference / middle:7.2f}×"
+        )
+
+
+def finish(ratios: dict[str, float | None]) -> None:
+    """The last line: one JSON object."""
+    print(json.dumps({key: value and round(value, 3) for key, value in ratios.items()}))
+
+
+def config(*overrides: str, peak: str = "learning_rate") -> DictConfig:
+    """The checked config of simclr_config.yml with these overrides."""
+    register_config()
+    with initialize(version_base="1.3", config_path=None):
+        return check_config(compose("simclr_config", overrides=list(overrides)), peak)
+
+
+def subset(split: Split, per_class: int) -> Split:
+    """The first images of each class."""
+    classes = range(len(split.classes))
+    index = torch.cat([(split.labels == c).nonzero()[:per_class, 0] for c in classes])
+    return split._replace(images=split.images[index], labels=split.labels[index])
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser that shows the benchmark's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )

@@ -1,0 +1,184 @@
+"""Linear evaluation, all of it, against running the frozen encoder again in every epoch.
+
+    python benchmarks/linear_eval.py               # untrained encoder, 640 random images, a minute
+    python benchmarks/linear_eval.py --data data/cifar10-jpeg --checkpoint FILE --accuracy
+
+The plain protocol crops and flips PIL images in two loader processes and passes them through a
+float32 encoder in each of 100 epochs; one epoch and one pass over the test images are timed, and
+counted 100 times and once. Ours is timed whole: features of K crops of each image and of the test
+images, 100 epochs of the linear layer. --accuracy tells what K does to the test accuracy: the last
+row, as many views as epochs, is the plain protocol, a new crop in each epoch.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from harness import alternate, config, finish, parser, report, subset
+from plain import TwoViews
+
+from checkpoint import load_checkpoint
+from data import Split, load_split, resize
+from device import select_device, select_precision
+from evaluation import frozen, top_k_accuracy
+from models import SimCLR
+from simclr_lin import all_features, build_encoder, train_linear_layer
+
+SIZE = 32
+
+
+class OneView(TwoViews):
+    """One random crop of each image and its label."""
+
+    def __init__(self, split: Split, transform: transforms.Compose) -> None:
+        super().__init__(split.images, transform)
+        self.labels = split.labels
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return super().__getitem__(index)[0], self.labels[index]
+
+
+def random_split(images: int, seed: int) -> Split:
+    """Noise with labels of ten classes."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (images, 3, SIZE, SIZE), dtype=torch.uint8, generator=rng)
+    return Split(x, torch.arange(images) % 10, [str(c) for c in range(10)])
+
+
+def plain_epoch(enc: nn.Module, loader: DataLoader, device: torch.device) -> None:
+    """One epoch of the linear layer, the encoder run on every image."""
+    head = nn.LazyLinear(10).to(device)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    for x, y in loader:
+        with torch.no_grad():
+            h = enc(x.to(device))
+        loss = F.cross_entropy(head(h), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def plain_features(enc: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Features of the test images in float32."""
+    return torch.cat([enc(resize(x, SIZE)) for x in images.split(512)])
+
+
+def ours(cfg: DictConfig, enc: nn.Module, train: Split, test: Split, dtype: torch.dtype) -> None:
+    """Our whole evaluation."""
+    with frozen(enc):
+        _, views, h = all_features(cfg, enc, train.images, test.images, SIZE, dtype)
+    head_accuracy(cfg, views, h, train, test)
+
+
+def head_accuracy(
+    cfg: DictConfig, views: torch.Tensor, h: torch.Tensor, train: Split, test: Split
+) -> float:
+    """Test accuracy of a linear layer trained on these views."""
+    torch.manual_seed(cfg.seed)
+    head = train_linear_layer(cfg, views, train.labels, len(train.classes))
+    with torch.no_grad():
+        return top_k_accuracy(head(h.float()), test.labels, 1)
+
+
+def accuracy_by_views(
+    args: argparse.Namespace, enc: nn.Module, train: Split, test: Split, dtype: torch.dtype
+) -> dict[str, float]:
+    """Test accuracy for each K, mean over seeds that change crops, order and initial weights."""
+    cfg = settings(args, args.epochs)
+    start = time.perf_counter()
+    with frozen(enc):
+        _, views, h = all_features(cfg, enc, train.images, test.images, SIZE, dtype)
+    seconds = (time.perf_counter() - start) / (args.epochs + 1 + len(test.labels) / len(views[0]))
+    means = {}
+    for k in (*args.views, args.epochs):
+        found = []
+        for seed in range(args.seeds):
+            chosen = views.roll(-seed * k, 0)[:k]
+            found.append(head_accuracy(settings(args, k, seed), chosen, h, train, test))
+        means[f"accuracy_{k}_views"] = mean(found)
+        passes = k + 1 + len(test.labels) / len(views[0])
+        spread = stdev(found) if len(found) > 1 else 0.0
+        print(f"K = {k:3}: {mean(found):.2%} ± {spread:.2%} (n = {len(found)}), "
+              f"features in {passes * seconds:.0f} s")  # fmt: skip
+    return means
+
+
+def settings(args: argparse.Namespace, views: int, seed: int = 0) -> DictConfig:
+    """The config of an evaluation with K views."""
+    return config(
+        f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", f"seed={seed}",
+        f"finetune_views={views}", peak="finetune_learning_rate",
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Time both, and with --accuracy a table over K; the last line is one JSON object."""
+    args = parser(__doc__)
+    args.add_argument("--checkpoint", help="of simclr.py; none: an untrained ResNet-18")
+    args.add_argument("--data", help="folder with train/<class>/* and test/<class>/*")
+    args.add_argument("--images", type=int, default=500, help="training images of each class")
+    args.add_argument("--epochs", type=int, default=100)
+    args.add_argument("--batch", type=int, default=128)
+    args.add_argument("--views", type=int, nargs="+", default=[1, 2, 5, 10])
+    args.add_argument("--seeds", type=int, default=3, help="of --accuracy")
+    args.add_argument("--accuracy", action="store_true")
+    args = args.parse_args()
+    device = select_device("auto")
+    dtype = select_precision("auto", device)
+    if args.data:
+        train, test = (load_split("folder", args.data, s, SIZE, 2) for s in ("train", "test"))
+        train = subset(train, args.images)
+    else:
+        train, test = random_split(512, 0), random_split(128, 1)
+    if args.checkpoint:
+        enc = build_encoder(load_checkpoint(Path(args.checkpoint)), Path(args.checkpoint), None)
+    else:
+        enc = SimCLR().enc.to(memory_format=torch.channels_last)
+    plain_enc = copy.deepcopy(enc).to(device, memory_format=torch.contiguous_format).eval()
+    enc = enc.to(device)
+
+    crop = transforms.Compose(
+        [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(),
+         transforms.ToTensor()]
+    )  # fmt: skip
+    loader = DataLoader(
+        OneView(train, crop), args.batch, shuffle=True, num_workers=2, persistent_workers=True
+    )
+    on_device = train.to(device), test.to(device)
+    cfg = config(
+        f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", peak="finetune_learning_rate"
+    )
+    seconds = alternate(
+        {
+            "plain, an epoch": lambda: plain_epoch(plain_enc, loader, device),
+            "plain, the test images": lambda: plain_features(plain_enc, on_device[1].images),
+        },
+        1,
+    )
+    seconds |= alternate({"ours, all": lambda: ours(cfg, enc, *on_device, dtype)}, 1)
+    report(seconds, len(train.labels), "images")
+    epoch, last, all_of_ours = (min(times) for times in seconds.values())
+    ratio = (args.epochs * epoch + last) / all_of_ours
+    print(f"plain, {args.epochs} epochs: {args.epochs * epoch + last:.0f} s; ours with K = "
+          f"{cfg.finetune_views}: {all_of_ours:.1f} s; {ratio:.0f}×")  # fmt: skip
+    result = {"linear_eval_vs_every_epoch": ratio}
+    if args.accuracy:
+        result |= accuracy_by_views(args, enc, *on_device, dtype)
+    finish(result)
+
+
+if __name__ == "__main__":
+    main()
