@@ -72,7 +72,10 @@ class Training(NamedTuple):
 
 
 def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
-    """A run of `steps` steps before its first; everything random in it follows from cfg.seed."""
+    """A run of `steps` steps before its first; everything random in it follows from cfg.seed.
+
+    Raises ConfigError if compile=true is not possible here.
+    """
     torch.manual_seed(cfg.seed)  # initial weights
     model = SimCLR(
         cfg.backbone,
@@ -93,7 +96,8 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     )
     rng = torch.Generator(device).manual_seed(cfg.seed)
     make_views = random_views
-    compiled = select_compile(cfg.compile, device, steps, cfg.activation_checkpointing)
+    total_views = 2 * cfg.batch_size * steps
+    compiled = select_compile(cfg.compile, device, total_views, cfg.activation_checkpointing)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
         make_views = torch.compile(random_views, dynamic=False)

@@ -111,3 +111,17 @@ def test_a_sweep_gives_each_job_a_folder_named_after_its_overrides(tmp_path):
     succeed(tmp_path, "simclr_lin.py", f"hydra.run.dir={found[0].parent}", "dataset=digits",
             "baseline=pixels", "finetune_epochs=1")  # fmt: skip
     assert (found[0].parent / "results_pixels.json").is_file()
+
+
+def test_a_compiled_run_with_growing_views_is_evaluated_like_any_other(tmp_path):
+    """One real compilation of model and views, for each of two sizes."""
+    run = tmp_path / "run"
+    sizes = "view_sizes=[[8,0.5],[12,0.5]]"
+    succeed(tmp_path, "simclr.py", "compile=true", sizes, "epochs=2", f"hydra.run.dir={run}", *TOY,
+            "image_size=12", "hidden_dim=16", "projection_dim=8")  # fmt: skip
+    assert "compiled" in (run / "simclr.log").read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["view_size"] for line in lines] == [8, 12]
+    succeed(tmp_path, "simclr_lin.py", f"hydra.run.dir={run}", "dataset=digits", "image_size=12",
+            "finetune_epochs=1")  # fmt: skip
+    assert json.loads((run / "results.json").read_text())["knn_acc"] > 0.5

@@ -1,9 +1,12 @@
 """Device, number format and compilation: what auto takes, and what is refused."""
 
+import importlib.util
+import shutil
+
 import pytest
 import torch
 
-from device import autocast, select_device, select_precision
+from device import autocast, select_compile, select_device, select_precision
 from errors import ConfigError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -60,3 +63,35 @@ def test_autocast_computes_in_the_precision(dtype):
     with autocast(CPU, dtype):
         assert layer(torch.ones(1, 2)).dtype == dtype
     assert layer.weight.dtype == torch.float32
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """found(False): no C++ compiler; with True there is one, whatever this machine has."""
+
+    def make(compiler: bool):
+        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" * compiler)
+
+    make(True)
+    return make
+
+
+def test_auto_compiles_runs_that_earn_the_time_back(found):
+    for where, enough in ((CPU, 200_000), (CUDA, 20_000_000)):
+        found_triton = importlib.util.find_spec("triton") is not None
+        possible = where == CPU or found_triton
+        assert select_compile("auto", where, enough, False) == possible
+        assert not select_compile("auto", where, enough - 1, False)
+        assert not select_compile("auto", where, enough, True)
+    assert not select_compile("auto", MPS, 10**12, False)
+    found(False)
+    assert not select_compile("auto", CPU, 10**12, False)
+
+
+def test_compile_by_hand_is_done_or_refused_with_the_reason(found):
+    assert select_compile(True, CPU, 1, False) and not select_compile(False, CPU, 10**12, False)
+    with pytest.raises(ConfigError, match="compile=True: must be false or auto with activation"):
+        select_compile(True, CPU, 1, True)
+    found(False)
+    with pytest.raises(ConfigError, match=r"compile=True: .*without the C\+\+ compiler"):
+        select_compile(True, CPU, 1, False)

@@ -387,5 +387,8 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
     monkeypatch.setattr(SimCLR, "compile", lambda self, **options: compiled.append(self))
     simclr.start_training(toy("compile=false"), torch.device("cpu"), 10**9)
     assert compiled == []
+    assert not simclr.start_training(toy("compile=auto"), torch.device("cpu"), 12_499).compiled
+    assert simclr.start_training(toy("compile=auto"), torch.device("cpu"), 12_500).compiled  # ·16
+    compiled.clear()
     training = simclr.start_training(toy("compile=true"), torch.device("cpu"), 1)
     assert compiled == [training.model, simclr.random_views] and training.compiled
