@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import simclr
@@ -332,11 +333,18 @@ def test_model_and_optimizer_are_laid_out_for_speed(toy):
     assert training.optimizer.param_groups[0]["fused"]
 
 
-class NoSync(TorchDispatchMode):
-    """Refuses what makes the CPU wait for a GPU, or the GPU for the CPU: a value that is read, a
-    shape that depends on one, a tensor made of Python numbers."""
+class NoCopies(TorchFunctionMode):
+    """Refuses a tensor made of Python numbers, which a GPU would have to be waited for."""
 
-    WAITS = "_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal"
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy), function
+        return function(*args, **(kwargs or {}))
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses a value that is read, and a shape that depends on one."""
+
+    WAITS = "_local_scalar_dense", "nonzero", "masked_select", "unique", "equal"
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -364,7 +372,7 @@ def test_a_whole_step_runs_on_the_meta_device(toy, backbone, recompute):
     optimizer = simclr.make_optimizer("sgd", model.parameters(), 0.9, 1e-6)
     simclr.set_learning_rate(optimizer, 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with NoSync():
+    with NoCopies(), NoSync():
         batch = images[order[:6]].repeat(2, 1, 1, 1)
         views = simclr.random_views(batch, u, 24, (0.08, 1.0), 0.5, 0.5, 0.2)
         loss, accuracy = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)

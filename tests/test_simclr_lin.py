@@ -156,9 +156,7 @@ def test_the_layer_sees_each_image_once_an_epoch_and_cycles_through_the_views(
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_precision_reaches_the_features_and_not_the_layer(
-    evaluate, spy, monkeypatch, name, dtype
-):
+def test_the_precision_reaches_the_features(evaluate, spy, monkeypatch, name, dtype):
     seen = []
     train = simclr_lin.train_linear_layer
 
