@@ -16,12 +16,12 @@ LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
 CROP_TRIES = 10  # draws of a box before torchvision falls back to the whole image
 
 # The random numbers that one view takes, as rows of what `draw` returns.
-BOX, FLIP, JITTER, GRAY, TURN = slice(0, 22), 22, slice(23, 31), 31, slice(32, 36)
+BOX, FLIP, JITTER, GRAY, HUE_PLACE = slice(0, 22), 22, slice(23, 31), 31, slice(32, 36)
 
 
 def draw(n: int, generator: torch.Generator) -> Tensor:
     """All the randomness of n views: (36, n), uniform in [0, 1), on the generator's device."""
-    return torch.rand((TURN.stop, n), device=generator.device, generator=generator)
+    return torch.rand((HUE_PLACE.stop, n), device=generator.device, generator=generator)
 
 
 def random_views(
@@ -38,35 +38,21 @@ def random_views(
     images: (N, 3, H, W), uint8 or float in [0, 1]; u: from `draw`, N columns, on the same device.
     Returns (N, 3, size, size), float32 in [0, 1]. Each image has its own parameters.
 
-    The order of the colour operations is random too, and the costly one, the shift of the hue,
-    has four places in it. Of every four neighbours in the batch (which is shuffled) each has
-    another one, so that four groups of fixed size can be worked on, each with one shift.
+    The order of the colour operations is random too. The costly one is the shift of the hue,
+    which has four places among the others. Every four neighbours in the batch, which is shuffled,
+    take the four places in a random order: four groups of a fixed size, each shifted once.
     """
     n = len(images)
-    rows = u[TURN, ::4].argsort(dim=0) + torch.arange(0, n, 4, device=images.device)  # 4×⌈N/4⌉
+    rows = u[HUE_PLACE, ::4].argsort(dim=0) + torch.arange(0, n, 4, device=images.device)  # 4×⌈N/4⌉
     views = torch.empty(rows.numel(), 3, size, size, device=images.device)
-    for hue_turn, group in enumerate(rows):
+    for hue_place, group in enumerate(rows):
         chosen = group.clamp(max=n - 1)  # beyond the last: a copy of it, cut off below
         own = u[:, chosen]
         x = random_crop_flip(images[chosen], own, size, crop_scale, flip_probability)
-        x = random_color_jitter(x, own[JITTER], hue_turn, color_strength)
+        x = random_color_jitter(x, own[JITTER], hue_place, color_strength)
         keep = (own[GRAY] >= grayscale_probability).float().view(-1, 1, 1, 1)
         views[group] = torch.lerp(grayscale(x), x, keep)
     return views[:n]
-
-
-def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int:
-    """The side in pixels of the views of this step: progressive resolution.
-
-    view_sizes: [[pixels, share of the steps], …] in the order of the run, shares summing to 1.
-    A pure function of the step, like the learning rate.
-    """
-    end = 0.0
-    for pixels, share in view_sizes:
-        end += share
-        if step < round(end * total_steps):
-            return int(pixels)
-    return int(pixels)  # shares that sum to 0.999…
 
 
 def random_crop_flip(
@@ -151,7 +137,7 @@ def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
     return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
-def random_color_jitter(x: Tensor, u: Tensor, hue_turn: int, strength: float) -> Tensor:
+def random_color_jitter(x: Tensor, u: Tensor, hue_place: int, strength: float) -> Tensor:
     """With probability 0.8, `color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s (App. A).
 
     u: (8, N). Where it is not to be, factors of 1 and a shift of 0 leave the image as it is.
@@ -161,24 +147,26 @@ def random_color_jitter(x: Tensor, u: Tensor, hue_turn: int, strength: float) ->
     apply = u[0] < 0.8
     factors = torch.where(apply, low + (high - low) * u[1:4], 1.0)
     shift = torch.where(apply, 0.2 * strength * (2 * u[4] - 1), 0.0)
-    return color_jitter(x, factors, shift, u[5:8].argsort(dim=0), hue_turn)
+    return color_jitter(x, factors, shift, u[5:8].argsort(dim=0), hue_place)
 
 
-def color_jitter(x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, hue_turn: int) -> Tensor:
-    """Brightness, contrast and saturation in each image's own order, the hue at `hue_turn`.
+def color_jitter(
+    x: Tensor, factors: Tensor, shift: Tensor, order: Tensor, hue_place: int
+) -> Tensor:
+    """Brightness, contrast and saturation in each image's own order, the hue at `hue_place`.
 
     x: (N, 3, H, W) in [0, 1], which is written over. factors: (3, N) of brightness, contrast and
     saturation; 1 leaves the image as it is. shift: (N,), of the hue, in turns, in [-0.5, 0.5].
-    order: (3, N), column n a permutation of BRIGHTNESS, CONTRAST, SATURATION. hue_turn: 0, before
+    order: (3, N), column n a permutation of BRIGHTNESS, CONTRAST, SATURATION. hue_place: 0, before
     these three, to 3, after them.
     """
     factors = factors.gather(0, order)[..., None, None, None]  # 3×N×1×1×1, as they are applied
     order, shift = order[..., None, None, None], shift[:, None, None, None]
-    for turn in range(4):
-        if turn == hue_turn:
+    for place in range(4):
+        if place == hue_place:
             x = shift_hue(x, shift)
-        if turn < 3:
-            x = blend(x, factors[turn], order[turn])
+        if place < 3:
+            x = blend(x, factors[place], order[place])
     return x
 
 

@@ -3,9 +3,12 @@
 import importlib.util
 import math
 import os
+import shlex
 import shutil
 import sys
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -14,9 +17,9 @@ from errors import ConfigError
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Views from which on a run earns the compile time back. On two CPU cores ResNet-18 takes 55 s to
-# compile and is 9 % faster after: even at 120,000 views (benchmarks/step.py --compile). On a GPU
-# nothing has been measured: an estimate, 200 epochs of CIFAR-10.
+# Views of 32×32 from which on a run earns the compile time back. On two CPU cores ResNet-18 takes
+# 55 s to compile and is 9 % faster after that: break-even is at 120,000 views, and from 200,000 on
+# it pays (benchmarks/step.py --compile). On a GPU this is an estimate: 200 epochs of CIFAR-10.
 COMPILE_PAYS = {"cpu": 200_000, "cuda": 20_000_000}
 
 
@@ -52,39 +55,51 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "cpu":  # without these torch takes bfloat16 too, but slower than float32
-        found = torch.cpu.get_capabilities()
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 can't tell
         if found.get("avx512_bf16") or found.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
 
 
 def select_compile(
-    choice: bool | str, device: torch.device, views: int, activation_checkpointing: bool
+    choice: bool | str, device: torch.device, views: float, activation_checkpointing: bool
 ) -> bool:
-    """Whether to use torch.compile in a run of so many views: true, false, or `auto`.
+    """Whether to use torch.compile in a run of so many views of 32×32: true, false, or `auto`.
 
-    `auto` compiles where the run is long enough to earn the time back, see COMPILE_PAYS, and
-    torch finds the compiler that it needs. Raises ConfigError if `true` is not possible.
+    Each size of the views is compiled for itself, so that the rarest one decides. `auto` compiles
+    where it is possible and the run is long enough to earn the time back, see COMPILE_PAYS.
     """
-    if choice == "auto":
-        long_enough = views >= COMPILE_PAYS.get(device.type, math.inf)
-        return long_enough and not activation_checkpointing and _missing_compiler(device) is None
-    if choice and activation_checkpointing:
+    if choice != "auto":
+        return bool(choice)
+    long_enough = views >= COMPILE_PAYS.get(device.type, math.inf)
+    return long_enough and not activation_checkpointing and _missing_for_compile(device) is None
+
+
+def check_compile(choice: bool | str, device: torch.device, activation_checkpointing: bool) -> None:
+    """Raise ConfigError if compile=true is not possible on this device, or with recomputation."""
+    if choice is not True:
+        return
+    if activation_checkpointing:
         raise ConfigError(
-            "compile=True: must be false or auto with activation_checkpointing=true, whose "
+            "compile=true: must be false or auto with activation_checkpointing=true, whose "
             "batch-norm bookkeeping torch.compile does not trace"
         )
-    if choice and (missing := _missing_compiler(device)):
-        raise ConfigError(f"compile=True: must be false or auto without {missing}; install it")
-    return bool(choice)
+    if missing := _missing_for_compile(device):
+        raise ConfigError(f"compile=true: must be false or auto without {missing}")
 
 
-def _missing_compiler(device: torch.device) -> str | None:
+def _missing_for_compile(device: torch.device) -> str | None:
     """What torch.compile needs on this device and does not find, in words; None: nothing."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "a GPU of compute capability 7.0 (Volta) or newer"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return None if shutil.which(compiler) else f"the C++ compiler {compiler}"
+    if not shutil.which(shlex.split(compiler)[0]):
+        return f"the C++ compiler {compiler}"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"Python's headers ({header})"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -34,8 +34,8 @@ class SimCLR(nn.Module):
     (App. B.9). The head has no batch norm. With the defaults the keys of the state dict are those
     of the published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
     torchvision ResNet with the same stem and `fc = nn.Identity()`. `activation_checkpointing`
-    recomputes each residual block in the backward pass: about a third of the memory for a third
-    more time, with the same gradients and weights.
+    recomputes each residual block in the backward pass: the same gradients, in half (resnet18) to
+    a third (resnet50) of the memory.
 
     Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
     for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
@@ -81,7 +81,11 @@ def recompute_blocks(enc: nn.Module) -> None:
         if isinstance(block, BasicBlock | Bottleneck):
             contexts = partial(_contexts, block)
             block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in a block is random
+                context_fn=contexts,
             )
 
 
@@ -121,8 +125,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, T
     n, loss, nearest = len(z1), 0.0, []
     with _full_precision(z1.device.type):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
-        # One view after the other: the backward pass then holds a softmax of 2N×N for each and,
-        # for one of them, two gradients of that size; with 2N×2N at once it would be thrice 2N×2N.
+        # One view after the other: the backward pass then holds a softmax of N×2N for each and, for
+        # one of them, two gradients of that size: two matrices of 2N×2N, where all at once takes 3.
         for own, partner in ((0, n), (n, 0)):
             similarity = (z[own : own + n] / temperature) @ z.T  # N×2N
             similarity.diagonal(own).fill_(float("-inf"))  # k ≠ i: no term for a view with itself

@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizer, and what changes over a run: learning rate and view size, by the step alone."""
 
 import math
 from collections.abc import Iterable
@@ -44,6 +44,20 @@ def cosine_learning_rate(step: int, total_steps: int, peak: float, floor: float)
     """
     progress = step / max(1, total_steps - 1)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int:
+    """The side in pixels of the views of this step: progressive resolution.
+
+    view_sizes: [[pixels, share of the steps], …] in the order of the run, shares summing to 1.
+    Small views cost less and come first; evaluation is at the full size.
+    """
+    end = 0.0
+    for pixels, share in view_sizes:
+        end += share
+        if step < round(end * total_steps):
+            return int(pixels)
+    return int(pixels)  # shares that sum to a little less
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

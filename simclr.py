@@ -23,14 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from augment import draw, random_views, view_size
+from augment import draw, random_views
 from checkpoint import checkpoint_name, save_checkpoint
 from config import check_config, register_config, run_folder
 from data import load_split
-from device import autocast, select_compile, select_device, select_precision
+from device import autocast, check_compile, select_compile, select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
 from models import SimCLR, nt_xent
-from optim import cosine_learning_rate, make_optimizer, set_learning_rate
+from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 
 log = logging.getLogger("simclr")
 
@@ -72,10 +72,8 @@ class Training(NamedTuple):
 
 
 def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
-    """A run of `steps` steps before its first; everything random in it follows from cfg.seed.
-
-    Raises ConfigError if compile=true is not possible here.
-    """
+    """A run of `steps` steps before its first; everything random in it follows from cfg.seed."""
+    torch.backends.cudnn.benchmark = True  # shapes are static: try cuDNN's algorithms once
     torch.manual_seed(cfg.seed)  # initial weights
     model = SimCLR(
         cfg.backbone,
@@ -96,8 +94,9 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     )
     rng = torch.Generator(device).manual_seed(cfg.seed)
     make_views = random_views
-    total_views = 2 * cfg.batch_size * steps
-    compiled = select_compile(cfg.compile, device, total_views, cfg.activation_checkpointing)
+    sizes = cfg.view_sizes or [[cfg.image_size, 1.0]]
+    views = 2 * cfg.batch_size * steps * min(share * (size / 32) ** 2 for size, share in sizes)
+    compiled = select_compile(cfg.compile, device, views, cfg.activation_checkpointing)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
         make_views = torch.compile(random_views, dynamic=False)
@@ -107,10 +106,11 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
 def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
     """Train an encoder with the checked config `cfg`; returns the metrics of the last epoch.
 
-    Raises ConfigError if the batch is larger than the training set, UserError if the data cannot
-    be had or `out_dir` holds a run already.
+    Raises ConfigError if the batch is larger than the training set or compile=true is not
+    possible, UserError if the data cannot be had or `out_dir` holds a run already.
     """
     device = select_device(cfg.device)
+    check_compile(cfg.compile, device, cfg.activation_checkpointing)
     refuse_used_folder(out_dir)
     images = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers).images
     if cfg.batch_size > len(images):
@@ -123,10 +123,10 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
     training = start_training(cfg, device, cfg.epochs * steps)
 
     OmegaConf.save(cfg, out_dir / "config.yaml")
-    computing = str(training.dtype).removeprefix("torch.") + ", compiled" * training.compiled
+    precision = str(training.dtype).removeprefix("torch.")
     log.info(
-        f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} ({computing}), "
-        f"in {out_dir}"
+        f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in {precision}, "
+        f"{'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
     )
     with tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar:
         for epoch in range(1, cfg.epochs + 1):
@@ -153,15 +153,16 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over the images in a new random order; returns a line of metrics.jsonl."""
     start = time.perf_counter()
-    model, optimizer, scaler, rng, dtype, make_views, _ = training
+    model, optimizer, scaler, rng = training[:4]
     n, steps = cfg.batch_size, len(images) // cfg.batch_size
+    total_steps = cfg.epochs * steps
     order = torch.randperm(len(images), device=images.device, generator=rng)
     totals = torch.zeros(2, device=images.device)  # summed on the device: no sync a step
     for i in range(steps):
-        step, last = (epoch - 1) * steps + i, cfg.epochs * steps
-        size = view_size(step, last, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
+        step = (epoch - 1) * steps + i
+        size = view_size(step, total_steps, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
         batch = images[order[i * n : (i + 1) * n]]  # N×3×H×W
-        views = make_views(
+        views = training.make_views(
             batch.repeat(2, 1, 1, 1),  # 2N×3×H×W, each row with parameters of its own
             draw(2 * n, rng),
             size,
@@ -170,13 +171,17 @@ def train_epoch(
             cfg.color_strength,
             cfg.grayscale_probability,
         )
-        learning_rate = cosine_learning_rate(step, last, cfg.learning_rate, cfg.min_learning_rate)
+        learning_rate = cosine_learning_rate(
+            step, total_steps, cfg.learning_rate, cfg.min_learning_rate
+        )
         set_learning_rate(optimizer, learning_rate)
-        loss, accuracy = train_step(model, optimizer, scaler, views, cfg.temperature, dtype)
+        loss, accuracy = train_step(
+            model, optimizer, scaler, views, cfg.temperature, training.dtype
+        )
         totals += torch.stack([loss, accuracy])
         if bar.update():  # true about once a second, when the bar is drawn: a sync then
-            said = f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}"
-            bar.set_postfix_str(said, refresh=False)
+            progress = f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}"
+            bar.set_postfix_str(progress, refresh=False)
     mean_loss, mean_accuracy = (totals / steps).tolist()
     seconds = time.perf_counter() - start
     return {

@@ -67,19 +67,22 @@ def evaluate(
     name = f"baseline {cfg.baseline}" if cfg.baseline else f"{checkpoint}, epoch {saved['epoch']}"
     log.info(f"{name}: {trained['backbone']} at {size} px on {cfg.dataset}, {device}")
     with frozen(enc):
-        bank, views, features = all_features(cfg, enc, train.images, test.images, size, dtype)
-    head = train_linear_layer(cfg, views, train.labels, len(train.classes))
+        train_features, crop_features, test_features = all_features(
+            cfg, enc, train.images, test.images, size, dtype
+        )
+    head = train_linear_layer(cfg, crop_features, train.labels, len(train.classes))
     with torch.no_grad():
-        logits = head(features.float())  # N×C: every test image, once, at the end
+        logits = head(test_features.float())  # N×C: every test image, once, at the end
     results = {
         "linear_acc": top_k_accuracy(logits, test.labels, 1),
         "linear_top5": top_k_accuracy(logits, test.labels, 5) if len(test.classes) >= 10 else None,
-        "knn_acc": knn_accuracy(bank, train.labels, features, test.labels),
+        "knn_acc": knn_accuracy(train_features, train.labels, test_features, test.labels),
         "epoch": saved["epoch"] if cfg.baseline is None else None,
         "checkpoint": str(checkpoint),
         "backbone": trained["backbone"] if cfg.baseline != "pixels" else None,
         "dataset": cfg.dataset,
         "baseline": cfg.baseline,
+        "precision": str(train_features.dtype).removeprefix("torch."),
     }
     report(results, out_dir)
     return results
@@ -137,30 +140,35 @@ def all_features(
             yield random_crop_flip(part, u, size, tuple(cfg.crop_scale), cfg.flip_probability)
             bar.update()
 
+    views = min(cfg.finetune_views, cfg.finetune_epochs)  # more would not be seen
     batches = [math.ceil(len(images) / cfg.batch_size) for images in (train, test)]
-    total = batches[0] * (1 + cfg.finetune_views) + batches[1]
+    total = batches[0] * (1 + views) + batches[1]
     with tqdm(total=total, desc="features", unit="batch", mininterval=1) as bar:
-        bank = extract_features(enc, plain(train), dtype)
-        views = [extract_features(enc, crops(), dtype) for _ in range(cfg.finetune_views)]
-        return bank, torch.stack(views), extract_features(enc, plain(test), dtype)
+        train_features = extract_features(enc, plain(train), dtype)
+        crop_features = train_features.new_empty(views, *train_features.shape)
+        for k in range(views):
+            crop_features[k] = extract_features(enc, crops(), dtype)
+        return train_features, crop_features, extract_features(enc, plain(test), dtype)
 
 
-def train_linear_layer(cfg: DictConfig, views: Tensor, labels: Tensor, classes: int) -> nn.Linear:
-    """A linear layer on h, trained on (K, M, D) features: in each epoch the next of K views.
+def train_linear_layer(
+    cfg: DictConfig, crop_features: Tensor, labels: Tensor, classes: int
+) -> nn.Linear:
+    """A linear layer on h, trained on (K, M, D) features: in each epoch the next of K crops.
 
     The paper's protocol draws a new crop and flip in every epoch; the encoder is frozen, so that
     K of them, extracted beforehand, are what is left to pay for.
     """
-    rng = torch.Generator(views.device).manual_seed(cfg.seed)  # order of the images
-    head = nn.Linear(views.shape[-1], classes).to(views.device)
+    rng = torch.Generator(crop_features.device).manual_seed(cfg.seed)  # order of the images
+    head = nn.Linear(crop_features.shape[-1], classes).to(crop_features.device)
     optimizer = make_optimizer("sgd", head.parameters(), cfg.momentum, weight_decay=0.0)
     steps = math.ceil(len(labels) / cfg.batch_size)  # the last, smaller batch counts too
     total_steps = cfg.finetune_epochs * steps
     with tqdm(total=total_steps, desc="linear layer", unit="step", mininterval=1) as bar:
         for epoch in range(cfg.finetune_epochs):
-            order = torch.randperm(len(labels), device=views.device, generator=rng)
+            order = torch.randperm(len(labels), device=crop_features.device, generator=rng)
             for i, batch in enumerate(order.split(cfg.batch_size)):
-                h = views[epoch % len(views), batch].float()  # n×D
+                h = crop_features[epoch % len(crop_features), batch].float()  # n×D
                 loss = F.cross_entropy(head(h), labels[batch])
                 step = epoch * steps + i
                 learning_rate = cosine_learning_rate(

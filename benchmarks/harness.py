@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -38,13 +40,23 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
     return seconds
 
 
+def describe_machine() -> None:
+    """One line: the processor or GPU, and the versions."""
+    machine = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    elif cpuinfo.exists() and (name := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        machine = name[1]
+    print(
+        f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, torchvision {torchvision.__version__}"
+    )
+
+
 def report(seconds: dict[str, list[float]], views: int, unit: str = "views") -> None:
     """A table of medians and spreads; the first row is what the ratios refer to."""
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    print(
-        f"{machine or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    )
+    describe_machine()
     reference = median(next(iter(seconds.values())))
     print(f"{'':34}{unit + '/s':>10}{'median ms':>12}{'min to max':>20}{'ratio':>8}")
     for name, times in seconds.items():

@@ -2,14 +2,15 @@
 
     python benchmarks/step.py                          # under a minute
     python benchmarks/step.py --batch 256 --compile    # the numbers of the README, six minutes
-    python benchmarks/step.py --backbone resnet50 --batch 512 --compile      # on a GPU
+    python benchmarks/step.py --backbone resnet50 --batch 512 --compile --no-plain  # on a GPU
 
 Two views of each image: augmentation, forward, loss, backward, optimizer. The plain pipeline
-(plain.py) is timed over an epoch of two batches, its loader processes at work beside the step.
+(plain.py) is timed over epochs of a few batches, its loader processes at work beside the step.
 The table under it is of one eager step of ours: its parts timed one by one, and torch's profiler.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,9 +31,12 @@ from optim import make_optimizer, set_learning_rate
 from simclr import train_step
 
 CROP_SCALE, STRENGTH, GRAY = (0.08, 1.0), 0.5, 0.2
-BATCHES = 2  # of the plain pipeline, an epoch
+BATCHES = 16 if torch.cuda.is_available() else 2  # of the plain pipeline, an epoch
+PLAIN = "plain pipeline"
 IMAGES = 50_000  # of CIFAR-10, for the seconds an epoch would take
-CONVOLUTION_OR_NORM = ("conv", "batch_norm", "bn_", "cudnn", "batchnorm")
+CONVOLUTION_OR_NORM = (  # parts of the names of operations, and of cuDNN's kernels on a GPU
+    "conv", "fprop", "dgrad", "wgrad", "implicit", "batch_norm", "batchnorm", "bn_",
+)  # fmt: skip
 
 
 def make_views(images: Tensor, rng: torch.Generator, views: Callable[..., Tensor]) -> Tensor:
@@ -43,11 +47,17 @@ def make_views(images: Tensor, rng: torch.Generator, views: Callable[..., Tensor
 
 
 def our_step(
-    backbone: str, images: Tensor, dtype: torch.dtype, compiled: bool
+    backbone: str,
+    images: Tensor,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    activation_checkpointing: bool = False,
 ) -> Callable[[], object]:
     """One step of simclr.py on these images."""
     device = images.device
-    model = SimCLR(backbone).to(device, memory_format=torch.channels_last).train()
+    torch.backends.cudnn.benchmark = True
+    model = SimCLR(backbone, activation_checkpointing=activation_checkpointing)
+    model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer("sgd", model.parameters(), momentum=0.9, weight_decay=1e-6)
     set_learning_rate(optimizer, 0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -98,22 +108,39 @@ def parts(backbone: str, images: Tensor) -> dict[str, list[float]]:
     return alternate(functions, 7)
 
 
-def profiled_share(step: Callable[[], object]) -> float:
-    """Share of a step's time in operations other than convolution, batch norm, their backward."""
+def profiled(step: Callable[[], object]) -> dict[str, float]:
+    """What torch's profiler sees of a step; on a GPU also the share of time in which it waits."""
     step()
     cuda = torch.cuda.is_available()
+    steps = 10 if cuda else 1  # a queue that has filled up
     activities = [ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
     with profile(activities=activities, acc_events=True) as profiler:
-        step()
         synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize()
+        wall = time.perf_counter() - start
     times = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in profiler.key_averages()
     }
+    total = sum(times.values())
     model = sum(t for key, t in times.items() if any(k in key.lower() for k in CONVOLUTION_OR_NORM))
     for key, t in sorted(times.items(), key=lambda item: -item[1])[:8]:
-        print(f"    {t / sum(times.values()):6.1%}  {key}")
-    return 1 - model / sum(times.values())
+        print(f"    {t / total:6.1%}  {key}")
+    result = {"share_of_all_but_convolution_and_batch_norm": 1 - model / total}
+    if cuda:
+        result["share_gpu_waits"] = 1 - total / 1e6 / wall
+    return result
+
+
+def peak_memory(step: Callable[[], object]) -> float:
+    """GiB of GPU memory at the peak of a step, with nothing else on the GPU yet."""
+    for _ in range(2):  # in the first the optimizer has no momentum yet
+        torch.cuda.reset_peak_memory_stats()
+        step()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def main() -> None:
@@ -123,21 +150,32 @@ def main() -> None:
     args.add_argument("--batch", type=int, default=64, help="images, of two views each")
     args.add_argument("--repeats", type=int, default=3)
     args.add_argument("--compile", action="store_true", help="a row more, after compiling")
+    args.add_argument("--activation-checkpointing", action="store_true", help="a row more")
+    args.add_argument("--no-plain", action="store_true", help="where it needs too much memory")
     args = args.parse_args()
     device = select_device("auto")
     dtype = select_precision("auto", device)
     cpu_images = torch.randint(0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8)
     images = cpu_images.to(device)
-    epoch = plain_epoch(args.backbone, cpu_images.repeat(BATCHES, 1, 1, 1), args.batch)
-    functions = {
-        "plain pipeline": epoch,
-        "ours, float32": our_step(args.backbone, images, torch.float32, False),
-        "ours": our_step(args.backbone, images, dtype, False),
-    }
+    result = {}
+    step = our_step(args.backbone, images, dtype)
+    if torch.cuda.is_available():
+        result["peak_gib"] = peak_memory(step)
+    functions = {}
+    if not args.no_plain:
+        epoch_images = cpu_images.repeat(BATCHES, 1, 1, 1)
+        functions[PLAIN] = plain_epoch(args.backbone, epoch_images, args.batch)
+        functions["ours, float32"] = our_step(args.backbone, images, torch.float32)
+    functions["ours"] = step
+    if args.activation_checkpointing:
+        functions["ours, recomputed"] = our_step(
+            args.backbone, images, dtype, activation_checkpointing=True
+        )
     if args.compile:
-        functions["ours, compiled"] = our_step(args.backbone, images, dtype, True)
+        functions["ours, compiled"] = our_step(args.backbone, images, dtype, compiled=True)
     seconds = alternate(functions, args.repeats)
-    seconds["plain pipeline"] = [value / BATCHES for value in seconds["plain pipeline"]]
+    if PLAIN in seconds:
+        seconds[PLAIN] = [value / BATCHES for value in seconds[PLAIN]]
     print(f"{args.backbone}, batch {args.batch}, ours in {str(dtype).removeprefix('torch.')}")
     report(seconds, 2 * args.batch)
     middle = {name: median(times) for name, times in seconds.items()}
@@ -150,17 +188,17 @@ def main() -> None:
         share += median(times) / middle["ours"]
         print(f"    {median(times) / middle['ours']:6.2%}  {name}")
     print("by operation:")
-    elsewhere = profiled_share(functions["ours"])
-    compiled = middle.get("ours, compiled")
-    result = {
-        "step_eager_vs_plain": middle["plain pipeline"] / middle["ours"],
-        "step_float32_vs_plain": middle["plain pipeline"] / middle["ours, float32"],
-        "step_compiled_vs_plain": middle["plain pipeline"] / compiled if compiled else None,
-        "share_of_augmentation_loss_optimizer_logging": share,
-        "share_of_all_but_convolution_and_batch_norm": elsewhere,
-    }
-    if torch.cuda.is_available():
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    result |= profiled(step)
+    result["share_of_augmentation_loss_optimizer_logging"] = share
+
+    def ratio(reference: str, name: str) -> float | None:
+        rows = [middle.get(row) for row in (reference, name)]
+        return rows[0] / rows[1] if all(rows) else None
+
+    result["step_eager_vs_plain"] = ratio(PLAIN, "ours")
+    result["step_float32_vs_plain"] = ratio(PLAIN, "ours, float32")
+    result["step_compiled_vs_plain"] = ratio(PLAIN, "ours, compiled")
+    result["step_recomputed_vs_not"] = ratio("ours, recomputed", "ours")
     finish(result)
 
 

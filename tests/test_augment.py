@@ -181,10 +181,10 @@ def jitters(monkeypatch):
     """What `color_jitter` is asked to do: by the image's number, its parameters."""
     seen = []
 
-    def record(x, factors, shift, order, hue_turn):
+    def record(x, factors, shift, order, hue_place):
         numbers = (x[:, 0, 0, 0] * 255).round().int().tolist()
         columns = zip(factors.T.tolist(), shift.tolist(), order.T.tolist(), strict=True)
-        seen.extend((n, hue_turn, *column) for n, column in zip(numbers, columns, strict=True))
+        seen.extend((n, hue_place, *column) for n, column in zip(numbers, columns, strict=True))
         return x
 
     monkeypatch.setattr(augment, "color_jitter", record)
@@ -201,8 +201,8 @@ def test_color_orders_and_amounts_are_drawn_for_each_image(jitters):
     for _ in range(20):
         views(numbered(120), 8, rng)
     orders = Counter()
-    for _, hue_turn, _, _, blends in jitters:
-        orders[(*blends[:hue_turn], HUE, *blends[hue_turn:])] += 1
+    for _, hue_place, _, _, blends in jitters:
+        orders[(*blends[:hue_place], HUE, *blends[hue_place:])] += 1
     assert len(orders) == 24 and min(orders.values()) > 60 and max(orders.values()) < 140  # of 100
     factors = torch.tensor([factors for _, _, factors, _, _ in jitters])
     shift = torch.tensor([shift for _, _, _, shift, _ in jitters])
@@ -215,30 +215,36 @@ def test_color_orders_and_amounts_are_drawn_for_each_image(jitters):
     assert correlation.abs().max() < 0.1
 
 
+@pytest.fixture
+def hue_places(monkeypatch):
+    """hue_places(n, rng): where in the order the hue of each of n views was, read off the views."""
+
+    def read(n, rng):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                augment, "color_jitter", lambda x, f, s, o, hue_place: torch.full_like(x, hue_place)
+            )
+            found = views(images(n, 8, 8), 8, rng)
+        return found.mean(dim=(1, 2, 3)).round().int().tolist()  # the luma sums to 0.9999
+
+    return read
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 9])
-def test_the_place_of_the_hue_is_uniform_for_each_image_of_any_batch(jitters, n):
+def test_the_place_of_the_hue_is_uniform_for_each_image_of_any_batch(hue_places, n):
     rng = torch.Generator().manual_seed(0)
     repeats = 400
-    for _ in range(repeats):
-        views(numbered(n), 8, rng)
-    turns = Counter((image, hue_turn) for image, hue_turn, *_ in jitters)
-    if n % 4:  # copies of the last image fill its group up, and are cut off
-        turns = Counter({key: count for key, count in turns.items() if key[0] < n - 1})
-    expected = [repeats / 4] * (4 * (n if n % 4 == 0 else n - 1))
-    assert list(turns.values()) == pytest.approx(expected, abs=45)  # 5 σ
+    places = Counter((i, p) for _ in range(repeats) for i, p in enumerate(hue_places(n, rng)))
+    assert len(places) == 4 * n
+    assert list(places.values()) == pytest.approx([repeats / 4] * (4 * n), abs=45)  # 5 σ
 
 
-def test_the_place_of_the_hue_in_both_views_of_an_image_is_independent(jitters):
+def test_the_place_of_the_hue_in_both_views_of_an_image_is_independent(hue_places):
     rng = torch.Generator().manual_seed(0)
+    pairs = Counter()
     for _ in range(200):
-        views(numbered(8).repeat(2, 1, 1, 1) + torch.arange(2)[:, None, None, None]
-              .repeat_interleave(8, 0).to(torch.uint8) * 100, 8, rng)  # fmt: skip
-    turns = [dict(), dict()]
-    for start in range(0, len(jitters), 16):
-        step = {image: hue_turn for image, hue_turn, *_ in jitters[start : start + 16]}
-        for image in range(8):
-            turns[0][start, image], turns[1][start, image] = step[image], step[100 + image]
-    pairs = Counter(zip(turns[0].values(), turns[1].values(), strict=True))
+        places = hue_places(16, rng)
+        pairs.update(zip(places[:8], places[8:], strict=True))
     assert len(pairs) == 16 and max(pairs.values()) < 150 and min(pairs.values()) > 55  # of 100
 
 
@@ -284,11 +290,3 @@ def test_one_graph_without_breaks_gives_the_same_views():
     compiled = torch.compile(augment.random_views, backend="aot_eager", fullgraph=True)
     settings = (24, SCALE, 0.5, 0.5, 0.2)
     torch.testing.assert_close(compiled(x, u, *settings), augment.random_views(x, u, *settings))
-
-
-def test_view_sizes_are_shares_of_the_steps_in_their_order():
-    schedule = [[16, 0.5], [24, 0.3], [32, 0.2]]
-    sizes = [augment.view_size(step, 10, schedule) for step in range(10)]
-    assert sizes == [16] * 5 + [24] * 3 + [32] * 2
-    thirds = [[16, 0.333333], [24, 0.333333], [32, 0.333333]]
-    assert augment.view_size(10**7 - 1, 10**7, thirds) == 32

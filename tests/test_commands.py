@@ -1,6 +1,7 @@
 """The command lines, as a user types them, each in a process of its own at toy size."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -113,6 +114,7 @@ def test_a_sweep_gives_each_job_a_folder_named_after_its_overrides(tmp_path):
     assert (found[0].parent / "results_pixels.json").is_file()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_with_growing_views_is_evaluated_like_any_other(tmp_path):
     """One real compilation of model and views, for each of two sizes."""
     run = tmp_path / "run"

@@ -103,10 +103,11 @@ BAD = [
     ("activation_checkpointing", "auto", "true or false"),
     ("view_sizes", "16", "null or [[pixels,share],...]"),
     ("view_sizes", "[]", "[[pixels,share],...]"),
+    ("view_sizes", f"[{','.join(['[16,0.11]'] * 9)}]", "1 to 8 pairs"),
     ("view_sizes", "[16,24]", "[[pixels,share],...]"),
     ("view_sizes", "[[16,0.5],[32,0.4]]", "sum to 1"),
     ("view_sizes", "[[4,0.5],[32,0.5]]", "pixels from 8 to 1024"),
-    ("view_sizes", "[[16,1.5],[32,-0.5]]", "shares of the steps"),
+    ("view_sizes", "[[16,1.5],[32,-0.5]]", "shares that sum to 1"),
     ("view_sizes", "[[16.5,1]]", "pixels from 8"),
 ]
 

@@ -2,11 +2,12 @@
 
 import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from device import autocast, select_compile, select_device, select_precision
+from device import autocast, check_compile, select_compile, select_device, select_precision
 from errors import ConfigError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -39,6 +40,9 @@ def test_auto_precision_is_bf16_where_the_hardware_has_it(monkeypatch):
         assert select_precision("auto", CPU) == torch.bfloat16
     cpu_with(monkeypatch, "avx512_f", "avx2")
     assert select_precision("auto", CPU) == torch.float32
+    with monkeypatch.context() as older:  # torch before 2.13
+        older.delattr(torch.cpu, "get_capabilities")
+        assert select_precision("auto", CPU) == torch.float32
     assert select_precision("auto", MPS) == torch.float32
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(
@@ -67,7 +71,10 @@ def test_autocast_computes_in_the_precision(dtype):
 
 @pytest.fixture
 def found(monkeypatch):
-    """found(False): no C++ compiler; with True there is one, whatever this machine has."""
+    """found(False): no C++ compiler; until then all that compiling needs, whatever there is."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
 
     def make(compiler: bool):
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" * compiler)
@@ -78,9 +85,7 @@ def found(monkeypatch):
 
 def test_auto_compiles_runs_that_earn_the_time_back(found):
     for where, enough in ((CPU, 200_000), (CUDA, 20_000_000)):
-        found_triton = importlib.util.find_spec("triton") is not None
-        possible = where == CPU or found_triton
-        assert select_compile("auto", where, enough, False) == possible
+        assert select_compile("auto", where, enough, False)
         assert not select_compile("auto", where, enough - 1, False)
         assert not select_compile("auto", where, enough, True)
     assert not select_compile("auto", MPS, 10**12, False)
@@ -90,8 +95,28 @@ def test_auto_compiles_runs_that_earn_the_time_back(found):
 
 def test_compile_by_hand_is_done_or_refused_with_the_reason(found):
     assert select_compile(True, CPU, 1, False) and not select_compile(False, CPU, 10**12, False)
-    with pytest.raises(ConfigError, match="compile=True: must be false or auto with activation"):
-        select_compile(True, CPU, 1, True)
+    check_compile(True, CPU, False)
+    check_compile("auto", CPU, True)
+    with pytest.raises(ConfigError, match="compile=true: must be false or auto with activation"):
+        check_compile(True, CPU, True)
     found(False)
-    with pytest.raises(ConfigError, match=r"compile=True: .*without the C\+\+ compiler"):
-        select_compile(True, CPU, 1, False)
+    check_compile(False, CPU, False)
+    with pytest.raises(ConfigError, match=r"compile=true: .*without the C\+\+ compiler"):
+        check_compile(True, CPU, False)
+
+
+def test_what_a_gpu_lacks_for_compiling_is_named(found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))  # GTX 1080 Ti
+    with pytest.raises(ConfigError, match=r"without a GPU of compute capability 7\.0"):
+        check_compile(True, CUDA, False)
+    assert not select_compile("auto", CUDA, 10**12, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="without the package triton"):
+        check_compile(True, CUDA, False)
+
+
+def test_a_compiler_with_a_wrapper_is_found(monkeypatch):
+    monkeypatch.setenv("CXX", "ccache g++")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "ccache" else None)
+    check_compile(True, CPU, False)

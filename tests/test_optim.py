@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from optim import cosine_learning_rate, make_optimizer, set_learning_rate
+from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 
 
 def test_cosine_goes_from_the_peak_to_the_floor():
@@ -60,3 +60,11 @@ def test_the_update_is_one_kernel_where_torch_has_one_and_the_same_everywhere():
     torch.testing.assert_close(*weights)
     on_meta = torch.nn.Parameter(torch.zeros(2, device="meta"))
     assert not make_optimizer("sgd", [on_meta], 0.9, 0.1).param_groups[0]["fused"]
+
+
+def test_view_sizes_are_shares_of_the_steps_in_their_order():
+    schedule = [[16, 0.5], [24, 0.3], [32, 0.2]]
+    sizes = [view_size(step, 10, schedule) for step in range(10)]
+    assert sizes == [16] * 5 + [24] * 3 + [32] * 2
+    thirds = [[16, 0.333333], [24, 0.333333], [32, 0.333333]]
+    assert view_size(10**7 - 1, 10**7, thirds) == 32

@@ -9,7 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
+import device
 import simclr
 from checkpoint import load_checkpoint
 from errors import ConfigError, UserError
@@ -240,6 +242,21 @@ def test_a_batch_larger_than_the_training_set_is_refused(toy, tmp_path):
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_compiling_what_can_not_be_compiled_is_refused_before_anything_is_read(toy, tmp_path):
+    cfg = toy("compile=true", "activation_checkpointing=true", "data_dir=nowhere")
+    with pytest.raises(ConfigError, match="compile=true: must be false or auto with activation_ch"):
+        simclr.pretrain(cfg, tmp_path)
+
+
+def test_an_epoch_reads_nothing_back_before_its_end(toy):
+    """Logging costs no sync a step: the loss is added up on the device."""
+    cfg = toy("precision=fp32")
+    training = simclr.start_training(cfg, torch.device("cpu"), 6)
+    images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+    with NoSync():
+        simclr.train_epoch(cfg, 1, training, images, tqdm(disable=True))
+
+
 def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
     folder = run()
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -395,8 +412,15 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
     monkeypatch.setattr(SimCLR, "compile", lambda self, **options: compiled.append(self))
     simclr.start_training(toy("compile=false"), torch.device("cpu"), 10**9)
     assert compiled == []
-    assert not simclr.start_training(toy("compile=auto"), torch.device("cpu"), 12_499).compiled
-    assert simclr.start_training(toy("compile=auto"), torch.device("cpu"), 12_500).compiled  # ·16
+    monkeypatch.setattr(device, "_missing_for_compile", lambda where: None)
+    for overrides, enough in (
+        (["image_size=32"], 12_500),  # · 16 views a step: 200,000
+        (["image_size=16"], 50_000),  # of a quarter of the work
+        (["view_sizes=[[16,0.5],[32,0.5]]"], 100_000),  # each size is compiled for itself
+    ):
+        for steps, expected in ((enough - 1, False), (enough, True)):
+            training = simclr.start_training(toy(*overrides), torch.device("cpu"), steps)
+            assert training.compiled == expected
     compiled.clear()
     training = simclr.start_training(toy("compile=true"), torch.device("cpu"), 1)
     assert compiled == [training.model, simclr.random_views] and training.compiled
