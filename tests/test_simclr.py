@@ -254,7 +254,8 @@ def test_an_epoch_reads_nothing_back_before_its_end(toy):
     training = simclr.start_training(cfg, torch.device("cpu"), 6)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
     with NoSync():
-        simclr.train_epoch(cfg, 1, training, images, tqdm(disable=True))
+        line = simclr.train_epoch(cfg, 1, training, images, tqdm(disable=True))
+    assert line["step"] == 3
 
 
 def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
