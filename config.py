@@ -127,9 +127,10 @@ RULES: dict[str, Rule] = {
     "precision": _one_of(("auto", *PRECISIONS)),
     "compile": _auto_or(_true_or_false()),
     "activation_checkpointing": _true_or_false(),
-    "batch_size": _integer(1),
+    "batch_size": _integer(2),  # a batch of one has no negatives
     "epochs": _integer(1),
     "log_interval": _integer(1),
+    "knn_interval": _integer(0),
     "temperature": _number(0, above=True),
     "optimizer": _one_of(OPTIMIZERS),
     "learning_rate": _number(0, above=True),
@@ -166,11 +167,18 @@ def check_values(cfg: DictConfig) -> DictConfig:
 
 
 def check_config(cfg: DictConfig, peak: str) -> DictConfig:
-    """`check_values`, and that the cosine from the learning rate `cfg[peak]` goes down.
+    """`check_values`, and what concerns one script: its cosine goes down, its keys are its own.
 
-    `peak` is "learning_rate" or "finetune_learning_rate". Raises ConfigError.
+    `peak`, where that cosine starts: "learning_rate" for simclr.py, "finetune_learning_rate" for
+    simclr_lin.py. Raises ConfigError.
     """
     cfg = check_values(cfg)
+    for key in ("checkpoint", "load_epoch", "baseline") if peak == "learning_rate" else ():
+        if cfg[key] is not None:  # would be ignored, and looks like a resume
+            raise ConfigError(
+                f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights; "
+                "simclr_lin.py evaluates a checkpoint"
+            )
     if cfg.min_learning_rate > cfg[peak]:
         raise ConfigError(
             f"min_learning_rate={cfg.min_learning_rate:g}: must be at most {peak}, which is "

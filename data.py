@@ -62,6 +62,39 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
 
+def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
+    """Sorted indices of a random part of each class: a share if amount < 1, else so many images.
+
+    labels: (N,). A share is rounded and at least one image. Raises UserError where a class has
+    not so many.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    parts = []
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0].cpu()
+        count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
+        if count > len(members):
+            raise UserError(
+                f"{count} images of each class are not there: class {label} has {len(members)}"
+            )
+        parts.append(members[torch.randperm(len(members), generator=rng)[:count]])
+    return torch.cat(parts).sort().values.to(labels.device)
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of all images but a random, stratified part, and of that part.
+
+    A class of one image stays out of the part. Raises UserError if nothing is left for it.
+    """
+    part = draw_stratified(labels, share, seed)
+    part = part[labels.bincount()[labels[part]] > 1]
+    if len(part) == 0:
+        raise UserError("no class has two images, so that none can be held out for validation")
+    rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    rest[part] = False
+    return rest.nonzero()[:, 0], part
+
+
 def _digits(split: str) -> Split:
     """scikit-learn's 1,797 digits of 8×8 pixels; a fixed fifth of each class is the test set."""
     digits = load_digits()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import Split, resize
 from device import autocast
 
 
@@ -59,6 +60,21 @@ def knn_accuracy(
         votes = F.one_hot(bank_labels[nearest], classes).sum(dim=1)  # n×C
         correct += (votes.argmax(dim=1) == wanted).sum().item()
     return correct / len(labels)
+
+
+def held_out_knn(
+    enc: nn.Module, split: Split, bank: Tensor, queries: Tensor, size: int, dtype: torch.dtype
+) -> float:
+    """kNN accuracy during pretraining: both bank and queries (indices) are training images.
+
+    In eval mode, and afterwards back in the mode it was in; costs one forward pass an image.
+    """
+    was_training = enc.training
+    enc.eval()
+    features = extract_features(enc, (resize(x, size) for x in split.images.split(512)), dtype)
+    enc.train(was_training)
+    labels = split.labels
+    return knn_accuracy(features[bank], labels[bank], features[queries], labels[queries])
 
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:

@@ -5,11 +5,10 @@
     python simclr.py dataset=digits image_size=16 epochs=5    # needs no download
 
 Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run folder
-(logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch, and
-simclr_<backbone>_epoch<N>.pt for simclr_lin.py.
+(logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch, the same
+for TensorBoard, and simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py.
 """
 
-import json
 import logging
 import math
 import time
@@ -21,14 +20,18 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from augment import draw, random_views
 from checkpoint import checkpoint_name, save_checkpoint
 from config import check_config, register_config, run_folder
-from data import load_split
+from data import hold_out, load_split
 from device import autocast, check_compile, select_compile, select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
+from evaluation import held_out_knn
+from metrics import alignment, epoch_means, uniformity, write_metrics
 from models import SimCLR, nt_xent
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 
@@ -42,11 +45,11 @@ def train_step(
     views: Tensor,
     temperature: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
 
     The model computes in `dtype` (mixed precision), the loss in float32; the scaler acts with
-    float16 alone. Returns the loss and the contrastive accuracy, detached scalars on the device.
+    float16 alone. Returns what metrics.jsonl calls by these names, detached scalars on the device.
     """
     with autocast(views.device, dtype):
         _, z = model(views)  # h: 2N×D, z: 2N×d
@@ -54,9 +57,17 @@ def train_step(
     loss, accuracy = nt_xent(z1, z2, temperature)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    gradient_norm = get_total_norm([weight.grad for weight in model.parameters()])
     scaler.step(optimizer)
     scaler.update()
-    return loss.detach(), accuracy
+    return {
+        "loss": loss.detach(),
+        "contrastive_accuracy": accuracy,
+        "alignment": alignment(z1, z2),
+        "uniformity": uniformity(z1),
+        "gradient_norm": gradient_norm,
+    }
 
 
 class Training(NamedTuple):
@@ -103,7 +114,7 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     return Training(model, optimizer, scaler, rng, dtype, make_views, compiled)
 
 
-def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
+def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
     """Train an encoder with the checked config `cfg`; returns the metrics of the last epoch.
 
     Raises ConfigError if the batch is larger than the training set or compile=true is not
@@ -112,52 +123,65 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float]:
     device = select_device(cfg.device)
     check_compile(cfg.compile, device, cfg.activation_checkpointing)
     refuse_used_folder(out_dir)
-    images = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers).images
-    if cfg.batch_size > len(images):
+    split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
+    if cfg.batch_size > len(split.images):
         raise ConfigError(
-            f"batch_size={cfg.batch_size}: must be an integer from 1 to {len(images)}, "
+            f"batch_size={cfg.batch_size}: must be an integer from 2 to {len(split.images)}, "
             "the number of training images"
         )
-    images = images.to(device)  # M×3×H×W, uint8: the whole training set
-    steps = len(images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
+    split = labelled = split.to(device)  # M×3×H×W, uint8: the whole training set
+    if cfg.knn_interval:
+        if split.labels.min() < 0:  # STL-10's are unlabelled
+            labelled = load_split(cfg.dataset, cfg.data_dir, "train", cfg.image_size).to(device)
+        bank, queries = hold_out(labelled.labels, 0.1, seed=0)  # the same tenth in every run
+    steps = len(split.images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
     training = start_training(cfg, device, cfg.epochs * steps)
 
     OmegaConf.save(cfg, out_dir / "config.yaml")
     precision = str(training.dtype).removeprefix("torch.")
     log.info(
-        f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in {precision}, "
-        f"{'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
+        f"{len(split.images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
+        f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
     )
-    with tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar:
+    with (
+        tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar,
+        SummaryWriter(out_dir) as writer,
+    ):
         for epoch in range(1, cfg.epochs + 1):
-            metrics = train_epoch(cfg, epoch, training, images, bar)
+            metrics = train_epoch(cfg, epoch, training, split.images, bar)
             if not math.isfinite(metrics["loss"]):
                 raise UserError(
                     f"the loss is {metrics['loss']} in epoch {epoch}, which is not saved: "
                     f"lower learning_rate ({cfg.learning_rate:g}) or raise temperature"
                 )
-            with open(out_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            if epoch % cfg.log_interval == 0 or epoch == cfg.epochs:
+            last = epoch == cfg.epochs
+            if cfg.knn_interval and (epoch % cfg.knn_interval == 0 or last):
+                metrics["knn_acc"] = held_out_knn(
+                    training.model.enc, labelled, bank, queries, cfg.image_size, training.dtype
+                )
+                bar.set_description(f"kNN {metrics['knn_acc']:.1%}")
+            write_metrics(out_dir, writer, metrics)
+            if epoch % cfg.log_interval == 0 or last:
                 path = out_dir / checkpoint_name(cfg.backbone, epoch)
                 save_checkpoint(path, training.model, OmegaConf.to_container(cfg), epoch)
+    knn = f", kNN {metrics['knn_acc']:.1%} (held-out training images)" if cfg.knn_interval else ""
     log.info(
         f"epoch {epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
-        f"{metrics['contrastive_accuracy']:.1%}; saved {path}"
+        f"{metrics['contrastive_accuracy']:.1%}{knn}; saved {path}"
     )
     return metrics
 
 
 def train_epoch(
     cfg: DictConfig, epoch: int, training: Training, images: Tensor, bar: tqdm
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """One pass over the images in a new random order; returns a line of metrics.jsonl."""
     start = time.perf_counter()
     model, optimizer, scaler, rng = training[:4]
     n, steps = cfg.batch_size, len(images) // cfg.batch_size
     total_steps = cfg.epochs * steps
     order = torch.randperm(len(images), device=images.device, generator=rng)
-    totals = torch.zeros(2, device=images.device)  # summed on the device: no sync a step
+    values = []  # of each step, left on the device: no sync a step
     for i in range(steps):
         step = (epoch - 1) * steps + i
         size = view_size(step, total_steps, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
@@ -175,35 +199,24 @@ def train_epoch(
             step, total_steps, cfg.learning_rate, cfg.min_learning_rate
         )
         set_learning_rate(optimizer, learning_rate)
-        loss, accuracy = train_step(
-            model, optimizer, scaler, views, cfg.temperature, training.dtype
-        )
-        totals += torch.stack([loss, accuracy])
+        found = train_step(model, optimizer, scaler, views, cfg.temperature, training.dtype)
+        values.append(torch.stack(list(found.values())))
         if bar.update():  # true about once a second, when the bar is drawn: a sync then
+            loss, accuracy = values[-1][:2].tolist()
             progress = f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}"
             bar.set_postfix_str(progress, refresh=False)
-    mean_loss, mean_accuracy = (totals / steps).tolist()
+    means = epoch_means(list(found), torch.stack(values).tolist())
     seconds = time.perf_counter() - start
     return {
         "epoch": epoch,
         "step": epoch * steps,
-        "loss": mean_loss,
-        "contrastive_accuracy": mean_accuracy,
+        **means,
+        "knn_acc": None,
         "learning_rate": learning_rate,  # of the epoch's last step
         "view_size": size,  # the same
         "views_per_second": 2 * n * steps / seconds,
         "seconds": seconds,
     }
-
-
-def refuse_keys_of_evaluation(cfg: DictConfig) -> None:
-    """Raise ConfigError for a key that would be ignored here and looks like a resume."""
-    for key in ("checkpoint", "load_epoch", "baseline"):
-        if cfg[key] is not None:
-            raise ConfigError(
-                f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights; "
-                "simclr_lin.py evaluates a checkpoint"
-            )
 
 
 def refuse_used_folder(out_dir: Path) -> None:
@@ -223,7 +236,6 @@ def main(cfg: DictConfig) -> None:
     """Check the config, then pretrain in Hydra's run folder."""
     with one_line_errors():
         cfg = check_config(cfg, peak="learning_rate")
-        refuse_keys_of_evaluation(cfg)
         pretrain(cfg, run_folder())
 
 

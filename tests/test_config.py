@@ -52,12 +52,13 @@ def test_learning_rates_follow_the_batch_size_unless_set_by_hand(config):
 
 
 BAD = [
-    ("batch_size", "0", "integer from 1"),
-    ("batch_size", "-512", "integer from 1"),
-    ("batch_size", "abc", "integer from 1"),
-    ("batch_size", "1.5", "integer from 1"),
-    ("batch_size", "true", "integer from 1"),
-    ("batch_size", "null", "integer from 1"),
+    ("batch_size", "0", "integer from 2"),
+    ("batch_size", "-512", "integer from 2"),
+    ("batch_size", "abc", "integer from 2"),
+    ("batch_size", "1.5", "integer from 2"),
+    ("batch_size", "true", "integer from 2"),
+    ("batch_size", "null", "integer from 2"),
+    ("batch_size", "1", "integer from 2"),
     ("temperature", "0", "above 0"),
     ("temperature", "-0.5", "above 0"),
     ("temperature", "nan", "above 0"),
@@ -75,6 +76,7 @@ BAD = [
     ("epochs", "0", "integer from 1"),
     ("finetune_epochs", "0", "integer from 1"),
     ("log_interval", "0", "integer from 1"),
+    ("knn_interval", "-1", "integer from 0"),
     ("workers", "0", "integer from 1"),
     ("image_size", "4", "integer from 8"),
     ("projection_dim", "0", "integer from 1"),
@@ -155,13 +157,20 @@ def test_an_unknown_key_is_refused(config):
 
 def test_checkpoint_and_load_epoch_exclude_each_other(config):
     with pytest.raises(ConfigError, match=r"load_epoch=3.*checkpoint=x\.pt"):
-        config("checkpoint=x.pt", "load_epoch=3")
+        config("checkpoint=x.pt", "load_epoch=3", peak="finetune_learning_rate")
 
 
 def test_the_cosine_of_the_linear_layer_may_not_climb_either(config):
     config("finetune_learning_rate=1e-4")  # of no concern to pretraining
     with pytest.raises(ConfigError, match="at most finetune_learning_rate"):
         config("finetune_learning_rate=1e-4", peak="finetune_learning_rate")
+
+
+def test_keys_of_the_evaluation_are_refused_in_pretraining(config):
+    for override in ("checkpoint=x.pt", "load_epoch=3", "baseline=random"):
+        with pytest.raises(ConfigError, match=rf"{override}: must be null for simclr\.py"):
+            config(override)
+        config(override, peak="finetune_learning_rate")
 
 
 def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):

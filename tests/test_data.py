@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from data import load_split, resize
+from data import draw_stratified, hold_out, load_split, resize
 from errors import UserError
 
 
@@ -259,3 +259,23 @@ def test_resize_leaves_the_right_size_alone_and_antialiases():
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="pretrain, train, test"):
         load_split("digits", "", "valid", 8)
+
+
+def test_a_stratified_part_has_its_share_of_each_class_and_depends_on_the_seed_alone():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2])[torch.randperm(61)]
+    part = draw_stratified(labels, 0.1, seed=3)
+    assert labels[part].bincount().tolist() == [4, 2, 1] and part.unique().tolist() == part.tolist()
+    assert torch.equal(part, draw_stratified(labels, 0.1, seed=3))
+    assert not torch.equal(part, draw_stratified(labels, 0.1, seed=4))
+    assert labels[draw_stratified(labels[:0].new_tensor([0, 0, 1, 1]), 2, 0)].numel() == 4
+    with pytest.raises(UserError, match="5 images of each class are not there: class 2 has 1"):
+        draw_stratified(labels, 5, seed=0)
+
+
+def test_what_is_held_out_is_not_in_the_rest():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2])
+    rest, part = hold_out(labels, 0.1, seed=0)
+    assert sorted(rest.tolist() + part.tolist()) == list(range(61))
+    assert labels[part].bincount().tolist() == [4, 2]  # the only image of class 2 stays
+    with pytest.raises(UserError, match="no class has two images"):
+        hold_out(torch.arange(5), 0.1, seed=0)

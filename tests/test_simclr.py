@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import device
+import evaluation
 import simclr
 from checkpoint import load_checkpoint
 from errors import ConfigError, UserError
@@ -78,8 +80,11 @@ def test_the_optimizer_uses_the_cosine_from_learning_rate_to_min_learning_rate(r
 
 def test_the_same_seed_gives_the_same_run_to_the_last_bit(run):
     first, second, other = run(), run(), run("seed=43")
-    keys = "epoch", "step", "loss", "contrastive_accuracy", "learning_rate"
-    lines = [[[line[key] for key in keys] for line in metrics(f)] for f in (first, second, other)]
+    timed = "views_per_second", "seconds"
+    lines = [
+        [{key: line[key] for key in line if key not in timed} for line in metrics(folder)]
+        for folder in (first, second, other)
+    ]
     assert lines[0] == lines[1] != lines[2]
     weights = [
         load_checkpoint(folder / "simclr_resnet18_epoch2.pt")["model"]
@@ -111,8 +116,8 @@ def test_metrics_have_one_line_an_epoch(run):
     assert [line["step"] for line in lines] == [3, 6, 9]
     for line in lines:
         assert set(line) == {
-            "epoch", "step", "loss", "contrastive_accuracy", "learning_rate",
-            "view_size", "views_per_second", "seconds",
+            "epoch", "step", "loss", "contrastive_accuracy", "alignment", "uniformity",
+            "gradient_norm", "knn_acc", "learning_rate", "view_size", "views_per_second", "seconds",
         }  # fmt: skip
         assert 0 < line["loss"] < 2 * math.log(15) and 0 <= line["contrastive_accuracy"] <= 1
         assert line["views_per_second"] * line["seconds"] == pytest.approx(2 * 8 * 3)
@@ -139,8 +144,8 @@ def test_steps_on_one_batch_lower_the_loss_below_that_of_a_collapsed_encoder():
     steps = [
         simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32) for _ in range(12)
     ]
-    assert steps[-1][0] < math.log(15) - 0.5 and steps[-1][1] == 1
-    assert not steps[0][0].requires_grad
+    assert steps[-1]["loss"] < math.log(15) - 0.5 and steps[-1]["contrastive_accuracy"] == 1
+    assert not any(value.requires_grad for value in steps[0].values())
 
 
 def test_rows_i_and_n_plus_i_are_two_different_views_of_one_image(run, batches):
@@ -230,14 +235,14 @@ def test_only_the_pretraining_split_is_read(run, monkeypatch):
     assert splits == [("pretrain", 8, 3)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 24])
+@pytest.mark.parametrize("batch_size", [2, 5, 24])
 def test_any_batch_size_up_to_the_training_set_runs(run, batch_size):
     lines = metrics(run(f"batch_size={batch_size}", "epochs=1"))
     assert lines[0]["step"] == 24 // batch_size and math.isfinite(lines[0]["loss"])
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(toy, tmp_path):
-    with pytest.raises(ConfigError, match=r"batch_size=25: must be an integer from 1 to 24"):
+    with pytest.raises(ConfigError, match=r"batch_size=25: must be an integer from 2 to 24"):
         simclr.pretrain(toy("batch_size=25"), tmp_path)
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "metrics.jsonl").exists()
 
@@ -258,6 +263,67 @@ def test_an_epoch_reads_nothing_back_before_its_end(toy):
     assert line["step"] == 3
 
 
+def test_the_gradient_norm_is_that_of_all_parameters_after_unscaling(toy):
+    for precision in ("fp32", "fp16"):
+        cfg = toy(f"precision={precision}", "projection_dim=4", "hidden_dim=8")
+        model, optimizer, scaler, *_ = simclr.start_training(cfg, torch.device("cpu"), 2)
+        plain = copy.deepcopy(model)
+        views = torch.rand(8, 3, 8, 8)
+        found = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
+        nt_xent(*plain(views)[1].chunk(2))[0].backward()
+        norm = torch.cat([weight.grad.flatten() for weight in plain.parameters()]).norm()
+        torch.testing.assert_close(found["gradient_norm"], norm, rtol=1e-2, atol=0)
+
+
+def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkeypatch):
+    """Every knn_interval epochs and at the end: a tenth of the training images asks the others."""
+    seen = []
+    knn = evaluation.knn_accuracy
+
+    def record(bank, bank_labels, queries, labels):
+        seen.append((len(bank), len(queries), bank_labels.bincount().tolist(), labels.tolist()))
+        return knn(bank, bank_labels, queries, labels)
+
+    monkeypatch.setattr(evaluation, "knn_accuracy", record)
+    with_knn, without = run("epochs=5", "knn_interval=2"), run("epochs=5", "knn_interval=0")
+    assert seen == [(21, 3, [7, 7, 7], [0, 1, 2])] * 3
+    lines = metrics(with_knn)
+    assert [line["knn_acc"] is None for line in lines] == [True, False, True, False, False]
+    assert {line["knn_acc"] for line in metrics(without)} == {None}
+    a, b = (load_checkpoint(f / "simclr_resnet18_epoch5.pt")["model"] for f in (with_knn, without))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_unlabelled_images_are_judged_by_the_labelled_training_images(run, monkeypatch):
+    """STL-10: pretraining images without labels, of which kNN can say nothing."""
+    splits, seen = [], []
+    load = simclr.load_split
+
+    def unlabelled(dataset, data_dir, split, *args):
+        splits.append(split)
+        found = load(dataset, data_dir, split, *args)
+        return found._replace(labels=found.labels * 0 - 1) if split == "pretrain" else found
+
+    monkeypatch.setattr(simclr, "load_split", unlabelled)
+    monkeypatch.setattr(
+        simclr, "held_out_knn", lambda enc, split, *args: seen.append(split.labels.tolist()) or 0.5
+    )
+    assert metrics(run("epochs=1"))[0]["knn_acc"] == 0.5
+    assert splits == ["pretrain", "train"] and set(seen[0]) == {0, 1, 2}
+
+
+def test_tensorboard_finds_the_same_values(run):
+    folder = run("epochs=2", "knn_interval=2")
+    found = EventAccumulator(str(folder)).Reload()
+    lines = metrics(folder)
+    assert set(found.Tags()["scalars"]) == set(lines[0]) - {"epoch"}
+    for name in ("loss", "alignment", "uniformity"):
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [
+            (line["epoch"], pytest.approx(line[name])) for line in lines
+        ]
+    assert [event.step for event in found.Scalars("knn_acc")] == [2]
+
+
 def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
     folder = run()
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -267,19 +333,12 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        simclr, "train_step", lambda *args: (torch.tensor(math.nan), torch.tensor(0.0))
-    )
+    nan = dict.fromkeys(("loss", "accuracy", "gradient_norm"), torch.tensor(math.nan))
+    monkeypatch.setattr(simclr, "train_step", lambda *args: nan)
     with pytest.raises(UserError, match=r"loss is nan in epoch 1.*lower learning_rate"):
         run("log_interval=1")
-    assert {path.name for path in (tmp_path / "run0").iterdir()} == {"config.yaml"}
-
-
-def test_keys_of_the_evaluation_are_refused(toy):
-    for override in ("checkpoint=x.pt", "load_epoch=3", "baseline=random"):
-        with pytest.raises(ConfigError, match=rf"{override}: must be null for simclr\.py"):
-            simclr.refuse_keys_of_evaluation(toy(override))
-    simclr.refuse_keys_of_evaluation(toy())
+    names = {path.name for path in (tmp_path / "run0").iterdir() if "tfevents" not in path.name}
+    assert names == {"config.yaml"}
 
 
 def test_the_resolved_config_is_beside_the_run(run, toy):
@@ -393,9 +452,9 @@ def test_a_whole_step_runs_on_the_meta_device(toy, backbone, recompute):
     with NoCopies(), NoSync():
         batch = images[order[:6]].repeat(2, 1, 1, 1)
         views = simclr.random_views(batch, u, 24, (0.08, 1.0), 0.5, 0.5, 0.2)
-        loss, accuracy = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
+        found = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
     assert views.shape == (12, 3, 24, 24)
-    assert {t.device for t in (views, loss, accuracy, *model.parameters())} == {meta}
+    assert {t.device for t in (views, *found.values(), *model.parameters())} == {meta}
     assert all(weight.grad.device == meta for weight in model.parameters())
 
 
