@@ -1,6 +1,11 @@
-"""Checkpoints: weights and the resolved config, as plain data that holds no code."""
+"""Checkpoints: weights and the resolved config, as plain data that holds no code.
 
-import os
+from checkpoint import load_encoder
+enc, feature_dim = load_encoder("simclr_resnet18_epoch1000.pt")
+h = enc(images)  # (N, 3, 32, 32) in [0, 1] -> (N, feature_dim)
+"""
+
+import hashlib
 import pickle
 import re
 import zipfile
@@ -11,6 +16,11 @@ import torch
 from torch import nn
 
 from errors import UserError
+from files import replacing
+from models import SimCLR
+
+# What of the config has to be known to build the network, and to feed it.
+ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image_size")
 
 # What the zip reader and the restricted unpickler raise on bytes that torch.save did not write.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError)
@@ -27,9 +37,8 @@ def save_checkpoint(path: Path, model: nn.Module, config: dict[str, Any], epoch:
     The weights are written as CPU tensors, to be read where there is no GPU.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"model": weights, "config": config, "epoch": epoch}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save({"model": weights, "config": config, "epoch": epoch}, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -51,6 +60,50 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
             raise UserError(f"{path} was not written by simclr.py: it has no {key}")
     return saved
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def architecture(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The keys of ARCHITECTURE from the config of a checkpoint that was loaded from `path`.
+
+    Raises UserError if one is not there.
+    """
+    found = {key: saved["config"].get(key) for key in ARCHITECTURE}
+    for key, value in found.items():
+        if value is None:
+            raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
+    return found
+
+
+def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
+    """The network of a checkpoint that was loaded from `path`, or the same one untrained.
+
+    Raises UserError if the weights do not fit the architecture that the checkpoint names.
+    """
+    arguments = {k: v for k, v in architecture(saved, path).items() if k != "image_size"}
+    try:
+        model = SimCLR(**arguments)
+        if trained:
+            model.load_state_dict(saved["model"])
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its weights do not fit its config ({reason[:300]} …)") from None
+    return model
+
+
+def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
+    """The encoder of a checkpoint, frozen and in eval mode, on the CPU; and its feature size D.
+
+    It maps images (N, 3, S, S) with values in [0, 1], not standardised, S the `image_size` of
+    the run, to representations h (N, D). Raises UserError, as `load_checkpoint` and `build_model`.
+    """
+    path = Path(path)
+    model = build_model(load_checkpoint(path), path)
+    return model.enc.eval().requires_grad_(False), model.feature_dim
 
 
 def find_checkpoint(folder: Path, backbone: str, epoch: int | None) -> Path:

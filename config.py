@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DATASETS
@@ -18,6 +18,7 @@ from models import BACKBONES
 from optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
+PROTOCOLS = ("knn", "linear", "linear_clean", "logistic", "finetune")
 BASELINES = ("random", "pixels")
 
 Rule = tuple[Callable[[Any], bool], str]  # a test of the value, and what it allows in words
@@ -80,6 +81,33 @@ def _auto_or(rule: Rule) -> Rule:
     return lambda value: value == "auto" or rule[0](value), f"auto, {rule[1]}"
 
 
+def _some_of(names: tuple[str, ...], least: int) -> Rule:
+    def ok(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) >= least
+            and all(isinstance(name, str) and name in names for name in value)
+            and len(set(value)) == len(value)
+        )
+
+    return ok, f"a list of {'one or more' if least else 'none or more'} of {', '.join(names)}"
+
+
+def _one_or_list(rule: Rule) -> Rule:
+    def ok(value: Any) -> bool:
+        return (
+            all(map(rule[0], value)) and bool(value) if isinstance(value, list) else rule[0](value)
+        )
+
+    return ok, f"{rule[1]}, or a list of such to choose from"
+
+
+def _labels() -> Rule:
+    share, number = _number(0, 1, above=True, below=True)[0], _integer(1)[0]
+    allowed = "null (all), a share of each class between 0 and 1, or a number of images per class"
+    return lambda value: value is None or share(value) or number(value), allowed
+
+
 def _crop_scale() -> Rule:
     share = _number(0, 1, above=True)[0]
 
@@ -139,10 +167,15 @@ RULES: dict[str, Rule] = {
     "weight_decay": _number(0),
     "checkpoint": _optional(_text()),
     "load_epoch": _optional(_integer(1)),
-    "baseline": _optional(_one_of(BASELINES)),
+    "protocols": _some_of(PROTOCOLS, least=1),
+    "baselines": _some_of(BASELINES, least=0),
+    "labels": _labels(),
+    "runs": _integer(1, 1000),
     "finetune_epochs": _integer(1),
     "finetune_views": _integer(1),
-    "finetune_learning_rate": _number(0, above=True),
+    "finetune_learning_rate": _one_or_list(_number(0, above=True)),
+    "finetune_weight_decay": _one_or_list(_number(0)),
+    "predict": _optional(_text()),
 }
 
 
@@ -173,16 +206,17 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     simclr_lin.py. Raises ConfigError.
     """
     cfg = check_values(cfg)
-    for key in ("checkpoint", "load_epoch", "baseline") if peak == "learning_rate" else ():
+    for key in ("checkpoint", "load_epoch", "predict") if peak == "learning_rate" else ():
         if cfg[key] is not None:  # would be ignored, and looks like a resume
             raise ConfigError(
                 f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights; "
                 "simclr_lin.py evaluates a checkpoint"
             )
-    if cfg.min_learning_rate > cfg[peak]:
+    lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
+    if cfg.min_learning_rate > lowest:
         raise ConfigError(
             f"min_learning_rate={cfg.min_learning_rate:g}: must be at most {peak}, which is "
-            f"{cfg[peak]:g} (it follows batch_size unless set)"
+            f"{lowest:g} (it follows batch_size unless set)"
         )
     if cfg.checkpoint is not None and cfg.load_epoch is not None:
         raise ConfigError(

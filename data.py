@@ -143,16 +143,25 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
             f"{root} must have the classes of {root.with_name('train')}: "
             f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
         )
-    files, labels = [], []
+    images, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if _is_visible_file(path, root))
-        if not found:
-            raise UserError(f"{root / name} has no image: add some, or remove the folder")
-        files += found
-        labels += [label] * len(found)
+        files, found = load_images(root / name, image_size, workers)
+        images.append(found)
+        labels += [label] * len(files)
+    return Split(torch.cat(images), torch.tensor(labels), classes)
+
+
+def load_images(folder: Path, image_size: int, workers: int) -> tuple[list[Path], Tensor]:
+    """All images below a folder: their paths, sorted, and (N, 3, image_size, image_size), uint8.
+
+    Raises UserError if there is none, or for a file that is not an image.
+    """
+    files = sorted(path for path in folder.rglob("*") if _is_visible_file(path, folder))
+    if not files:
+        raise UserError(f"{folder} has no image: add some, or remove the folder")
     with ThreadPoolExecutor(workers) as pool:
         images = list(pool.map(lambda path: _decode(path, image_size), files))
-    return Split(torch.from_numpy(np.stack(images)), torch.tensor(labels), classes)
+    return files, torch.from_numpy(np.stack(images))
 
 
 def _classes(root: Path) -> list[str]:

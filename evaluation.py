@@ -1,12 +1,15 @@
-"""What linear evaluation and kNN share: a frozen encoder, its features, accuracies."""
+"""What is read off a frozen encoder: its features, kNN (Wu et al. 2018), accuracies."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from augment import draw, random_crop_flip
 from data import Split, resize
 from device import autocast
 
@@ -16,16 +19,23 @@ def frozen(enc: nn.Module) -> Iterator[nn.Module]:
     """The encoder in eval mode and without gradients; afterwards checked to be bit-identical.
 
     `module.requires_grad = False` is an attribute that nothing reads, and in train mode the
-    statistics of batch norm move; a published 92.06 % rests on both. Raises RuntimeError, naming
-    the tensors, if any parameter or buffer has changed.
+    statistics of batch norm move; a published 92.06 % rests on both. Every tensor is hashed
+    (SHA-256) before and after. Raises RuntimeError, naming those parameters and buffers that
+    have changed.
     """
     enc.eval().requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in enc.state_dict().items()}
+    before = _hashes(enc)
     yield enc
-    after = enc.state_dict()
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    changed = [name for name, digest in _hashes(enc).items() if digest != before[name]]
     if changed:
         raise RuntimeError(f"the frozen encoder has changed: {', '.join(changed)}")
+
+
+def _hashes(module: nn.Module) -> dict[str, bytes]:
+    return {
+        name: hashlib.sha256(tensor.cpu().numpy().tobytes()).digest()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 @torch.no_grad()
@@ -42,24 +52,68 @@ def extract_features(enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dty
     return torch.cat(features)
 
 
-@torch.no_grad()
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10
-) -> float:
-    """Share in [0, 1] of queries whose k nearest neighbours in the bank vote for their label.
+def clean_features(
+    enc: nn.Module, images: Tensor, size: int, batch_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Features (N, D) of the images as they are; images: (N, 3, H, W), uint8."""
+    parts = tqdm(images.split(batch_size), "features", leave=False, mininterval=1, unit="batch")
+    return extract_features(enc, (resize(x, size) for x in parts), dtype)
 
-    bank: (M, D), queries: (N, D); nearest by cosine, each neighbour one vote, a tie goes to the
-    smallest label, as in scikit-learn. With fewer than k images in the bank all of them vote.
+
+def crop_features(
+    enc: nn.Module,
+    images: Tensor,
+    views: int,
+    size: int,
+    crop_scale: tuple[float, float],
+    flip_probability: float,
+    batch_size: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> Tensor:
+    """Features (K, N, D) of K = `views` random crops and flips of each image.
+
+    The paper's linear evaluation draws new ones in every epoch; the encoder is frozen, so that K
+    of them, extracted once, are what is left to pay for.
+    """
+    rng = torch.Generator(images.device).manual_seed(seed)
+    features = None
+    for k in tqdm(range(views), "features of crops", leave=False, unit="view"):
+        crops = (
+            random_crop_flip(x, draw(len(x), rng), size, crop_scale, flip_probability)
+            for x in images.split(batch_size)
+        )
+        view = extract_features(enc, crops, dtype)
+        if features is None:
+            features = view.new_empty(views, *view.shape)
+        features[k] = view
+    return features
+
+
+@torch.no_grad()
+def knn_scores(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    classes: int,
+    k: int = 10,
+    temperature: float | None = None,
+) -> Tensor:
+    """Votes (N, classes) of the k nearest neighbours, by cosine, of each query in the bank.
+
+    bank: (M, D), queries: (N, D). Each neighbour has one vote, or with a temperature τ, as in Wu
+    et al. 2018 (arXiv 1805.01978, Sec. 3.4), exp(cos / τ). With fewer than k images in the bank
+    all of them vote.
     """
     bank = F.normalize(bank.float(), dim=1)
-    classes = int(bank_labels.max()) + 1
-    correct = 0
-    for part, wanted in zip(queries.float().split(1024), labels.split(1024), strict=True):
+    scores = []
+    for part in queries.float().split(1024):
         similarity = F.normalize(part, dim=1) @ bank.T  # n×M
-        nearest = similarity.topk(min(k, len(bank)), dim=1).indices  # n×k
-        votes = F.one_hot(bank_labels[nearest], classes).sum(dim=1)  # n×C
-        correct += (votes.argmax(dim=1) == wanted).sum().item()
-    return correct / len(labels)
+        cosine, nearest = similarity.topk(min(k, len(bank)), dim=1)  # n×k
+        weights = torch.ones_like(cosine) if temperature is None else (cosine / temperature).exp()
+        votes = weights.new_zeros(len(part), classes)
+        scores.append(votes.scatter_add_(1, bank_labels[nearest], weights))
+    return torch.cat(scores)
 
 
 def held_out_knn(
@@ -70,13 +124,20 @@ def held_out_knn(
     In eval mode, and afterwards back in the mode it was in; costs one forward pass an image.
     """
     was_training = enc.training
-    enc.eval()
-    features = extract_features(enc, (resize(x, size) for x in split.images.split(512)), dtype)
+    h = clean_features(enc.eval(), split.images, size, 512, dtype)
     enc.train(was_training)
-    labels = split.labels
-    return knn_accuracy(features[bank], labels[bank], features[queries], labels[queries])
+    scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
+    return accuracy(scores, split.labels[queries])
 
 
-def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Share in [0, 1] of rows of logits (N, C) with the label (N,) among the k largest."""
-    return (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share in [0, 1] of rows of scores (N, C) whose largest is that of the label (N,).
+
+    A tie goes to the smallest class, as in scikit-learn's kNN.
+    """
+    return (scores.argmax(dim=1) == labels).float().mean().item()
+
+
+def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
+    """Share in [0, 1] of rows of scores (N, C) with the label (N,) among the k largest."""
+    return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()

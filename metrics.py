@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from errors import UserError
+
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
     """Mean squared distance of the two views of an image on the unit sphere, in [0, 4].
@@ -53,3 +55,12 @@ def write_metrics(out_dir: Path, writer: SummaryWriter, metrics: dict[str, float
         if name != "epoch" and value is not None:
             writer.add_scalar(name, value, metrics["epoch"])
     writer.flush()
+
+
+def read_metrics(run: Path) -> list[dict[str, float | None]]:
+    """The epochs of a run, from its metrics.jsonl. Raises UserError if it has none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{run} has no epoch to show: metrics.jsonl, {error.strerror}") from None
+    return [json.loads(line) for line in lines]

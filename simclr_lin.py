@@ -1,202 +1,207 @@
-"""Linear evaluation of a SimCLR encoder (Sec. 2.3, App. B.6): one linear layer on frozen h.
+"""What a SimCLR encoder has learned: linear evaluation (Sec. 2.3, App. B.6), kNN, and more.
 
     python simclr_lin.py backbone=resnet18                    # newest checkpoint in the run folder
-    python simclr_lin.py load_epoch=500                       # an earlier one
     python simclr_lin.py checkpoint=path/to/file.pt           # any file
-    python simclr_lin.py baseline=random                      # the same network, untrained
+    python simclr_lin.py protocols=[knn,linear,linear_clean,logistic] baselines=[random,pixels]
+    python simclr_lin.py labels=0.01 runs=5                   # few labels, five draws of them
+    python simclr_lin.py predict=path/to/images               # predictions.csv instead
 
-The encoder is in eval mode, gets no gradient and is checked to be unchanged at the end. The
-layer is trained on all training labels; the test set is scored once, after the last epoch, and
-nothing is chosen on it. Cosine kNN (k=10) on the same representation stands beside it. Results
-go to the terminal, to simclr_lin.log and to results.json.
+knn           cosine kNN: k = 10, and weighted with k = 200, τ = 0.07 (Wu et al. 2018)
+linear        a linear layer on random crops and flips, the encoder frozen: the headline
+linear_clean  the same layer on the images as they are
+logistic      scikit-learn's logistic regression on the same features
+finetune      all of the network is trained on the labels: fine-tuning, never linear evaluation
+
+The encoder is in eval mode, without gradients, and checked to be unchanged; finetune trains a copy.
+What has to be chosen is chosen on training images; the test set is scored once. The table goes to
+the terminal, to simclr_lin.log, results.json and results.md.
 """
 
-import json
+import csv
 import logging
-import math
-import os
-from collections.abc import Iterator
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from augment import draw, random_crop_flip
-from checkpoint import find_checkpoint, load_checkpoint
+from checkpoint import architecture, build_model, find_checkpoint, load_checkpoint, sha256
 from config import check_config, register_config, run_folder
-from data import load_split, resize
+from data import Split, draw_stratified, load_images, load_split
 from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
-from evaluation import extract_features, frozen, knn_accuracy, top_k_accuracy
-from models import SimCLR
-from optim import cosine_learning_rate, make_optimizer, set_learning_rate
+from files import replacing
+from protocols import Task, run_protocols
+from results import Outcome, per_class, score, summarise, table, write_results
 
 log = logging.getLogger("simclr_lin")
 
-ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image_size")
+ROWS = {"knn": ["knn", "weighted_knn"]}  # one protocol, two rows; the others are one
+ON_PIXELS = ("knn", "weighted_knn", "linear")  # what a baseline without a network is judged by
 
 
 def evaluate(
     cfg: DictConfig, checkpoint: Path, out_dir: Path, given: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Linear evaluation of the encoder in `checkpoint` with the checked config `cfg`.
+    """All of cfg.protocols for the encoder in `checkpoint`, and for cfg.baselines.
 
     `given` names the keys that the user typed: one that contradicts the checkpoint is refused.
-    Returns what it writes to `out_dir`/results.json (results_<baseline>.json for a baseline);
-    accuracies are shares in [0, 1]. Raises UserError for a checkpoint or data that cannot be
-    used, RuntimeError if the encoder has changed.
+    Returns what it writes to `out_dir`/results.json; accuracies are shares in [0, 1]. Raises
+    UserError for a checkpoint or data that cannot be used, RuntimeError if an encoder that should
+    be frozen has changed.
     """
     device = select_device(cfg.device)
-    dtype = select_precision(cfg.precision, device)
-    saved = load_checkpoint(checkpoint)
-    trained = architecture(saved, checkpoint, {key: cfg[key] for key in given & set(ARCHITECTURE)})
-    size = trained["image_size"]
+    saved, size = open_checkpoint(cfg, checkpoint, given)
     train, test = (
         load_split(cfg.dataset, cfg.data_dir, split, size, cfg.workers).to(device)
         for split in ("train", "test")
     )
-    torch.manual_seed(cfg.seed)  # weights of the linear layer and of baseline=random
-    enc = build_encoder(saved, checkpoint, cfg.baseline).to(device)
+    name = f"{checkpoint}, epoch {saved['epoch']}, {saved['config']['backbone']} at {size} px"
+    log.info(f"{name}, on {cfg.dataset}, {device}")
 
-    name = f"baseline {cfg.baseline}" if cfg.baseline else f"{checkpoint}, epoch {saved['epoch']}"
-    log.info(f"{name}: {trained['backbone']} at {size} px on {cfg.dataset}, {device}")
-    with frozen(enc):
-        train_features, crop_features, test_features = all_features(
-            cfg, enc, train.images, test.images, size, dtype
-        )
-    head = train_linear_layer(cfg, crop_features, train.labels, len(train.classes))
-    with torch.no_grad():
-        logits = head(test_features.float())  # N×C: every test image, once, at the end
+    outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    for encoder in ("checkpoint", *cfg.baselines):
+        for run in range(cfg.runs):
+            model = build_encoder(saved, checkpoint, encoder, size, cfg.seed + run)
+            part = labelled_part(train, cfg.labels, cfg.seed + run)
+            task = make_task(cfg, *model, size, part, test.images, cfg.seed + run)
+            for protocol, found, seconds in run_protocols(rows_of(cfg, encoder, run), task):
+                outcomes[encoder, protocol].append(score(found, test.labels, seconds))
+    rows = [summarise(*key, runs) for key, runs in outcomes.items()]
+    of_checkpoint = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
     results = {
-        "linear_acc": top_k_accuracy(logits, test.labels, 1),
-        "linear_top5": top_k_accuracy(logits, test.labels, 5) if len(test.classes) >= 10 else None,
-        "knn_acc": knn_accuracy(train_features, train.labels, test_features, test.labels),
-        "epoch": saved["epoch"] if cfg.baseline is None else None,
+        "linear_acc": of_checkpoint.get("linear", {}).get("accuracy"),
+        "linear_top5": of_checkpoint.get("linear", {}).get("top5"),
+        "knn_acc": of_checkpoint.get("knn", {}).get("accuracy"),
         "checkpoint": str(checkpoint),
-        "backbone": trained["backbone"] if cfg.baseline != "pixels" else None,
+        "sha256": sha256(checkpoint),
+        "epoch": saved["epoch"],
+        "backbone": saved["config"]["backbone"],
         "dataset": cfg.dataset,
-        "baseline": cfg.baseline,
-        "precision": str(train_features.dtype).removeprefix("torch."),
+        "training_images": len(part.images),
+        "test_images": len(test.images),
+        "precision": str(task.dtype).removeprefix("torch."),
+        "protocols": rows,
+        **per_class(outcomes["checkpoint", "linear"], test.classes),
+        "config": saved["config"],
     }
-    report(results, out_dir)
+    write_results(out_dir, results)
+    log.info(f"{len(test.images):,} test images, accuracy in %\n{table(rows, settings=False)}")
     return results
 
 
-def architecture(saved: dict[str, Any], path: Path, typed: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ARCHITECTURE from the checkpoint's config.
+def predict(
+    cfg: DictConfig, checkpoint: Path, out_dir: Path, given: frozenset[str] = frozenset()
+) -> Path:
+    """Classify the images in cfg.predict by the linear layer; writes `out_dir`/predictions.csv.
 
-    Raises UserError if one is not there, ConfigError if the user typed another value.
+    The layer is trained on the training images, as in `evaluate`; the test set is not read.
     """
-    trained = {key: saved["config"].get(key) for key in ARCHITECTURE}
-    for key, value in trained.items():
-        if value is None:
-            raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
-        if typed.get(key, value) != value:
-            raise ConfigError(f"{key}={typed[key]}: must be {value}, as in {path}; leave it out")
-    return trained
+    device = select_device(cfg.device)
+    saved, size = open_checkpoint(cfg, checkpoint, given)
+    folder = Path(cfg.predict).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"predict={cfg.predict}: there is no such folder")
+    files, images = load_images(folder, size, cfg.workers)
+    train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
+    model = build_encoder(saved, checkpoint, "checkpoint", size, cfg.seed)
+    part = labelled_part(train, cfg.labels, cfg.seed)
+    task = make_task(cfg, *model, size, part, images.to(device), cfg.seed)
+    [(_, found, _)] = run_protocols(["linear"], task)
+    probability, label = found.scores.softmax(dim=1).max(dim=1)
+    path = out_dir / "predictions.csv"
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["file", "class", "probability"])
+        for name, best, p in zip(files, label.tolist(), probability.tolist(), strict=True):
+            writer.writerow([name, train.classes[best], f"{p:.4f}"])
+    log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
+    return path
 
 
-def build_encoder(saved: dict[str, Any], path: Path, baseline: str | None) -> nn.Module:
-    """The checkpoint's encoder, or with `baseline` the same network untrained, or none: pixels.
-
-    Raises UserError if the weights do not fit the architecture that the checkpoint names.
-    """
-    if baseline == "pixels":
-        return nn.Flatten()
-    try:
-        model = SimCLR(**{key: saved["config"][key] for key in ARCHITECTURE if key != "image_size"})
-        if baseline is None:
-            model.load_state_dict(saved["model"])
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: its weights do not fit its config ({reason[:300]} …)") from None
-    return model.enc.to(memory_format=torch.channels_last)
+def open_checkpoint(
+    cfg: DictConfig, checkpoint: Path, given: frozenset[str]
+) -> tuple[dict[str, Any], int]:
+    """The checkpoint and its image size; ConfigError if the user typed another architecture."""
+    saved = load_checkpoint(checkpoint)
+    trained = architecture(saved, checkpoint)
+    for key in given & set(trained):
+        if cfg[key] != trained[key]:
+            raise ConfigError(
+                f"{key}={cfg[key]}: must be {trained[key]}, as in {checkpoint}; leave it out"
+            )
+    return saved, trained["image_size"]
 
 
-def all_features(
-    cfg: DictConfig, enc: nn.Module, train: Tensor, test: Tensor, size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All that is needed of the frozen encoder, each image's features extracted once.
-
-    Of the M training images: their features (M, D) for kNN, and those of `finetune_views` random
-    crops and flips of each, (K, M, D), for the linear layer. Of the N test images: (N, D).
-    """
-    rng = torch.Generator(train.device).manual_seed(cfg.seed)  # crops and flips
-
-    def plain(images: Tensor) -> Iterator[Tensor]:
-        for part in images.split(cfg.batch_size):
-            yield resize(part, size)
-            bar.update()
-
-    def crops() -> Iterator[Tensor]:
-        for part in train.split(cfg.batch_size):
-            u = draw(len(part), rng)
-            yield random_crop_flip(part, u, size, tuple(cfg.crop_scale), cfg.flip_probability)
-            bar.update()
-
-    views = min(cfg.finetune_views, cfg.finetune_epochs)  # more would not be seen
-    batches = [math.ceil(len(images) / cfg.batch_size) for images in (train, test)]
-    total = batches[0] * (1 + views) + batches[1]
-    with tqdm(total=total, desc="features", unit="batch", mininterval=1) as bar:
-        train_features = extract_features(enc, plain(train), dtype)
-        crop_features = train_features.new_empty(views, *train_features.shape)
-        for k in range(views):
-            crop_features[k] = extract_features(enc, crops(), dtype)
-        return train_features, crop_features, extract_features(enc, plain(test), dtype)
+def labelled_part(train: Split, labels: float | None, seed: int) -> Split:
+    """The training images whose labels may be used: all, or so many of each class (or a share)."""
+    if len(train.classes) < 2:
+        raise UserError(f"there is one class, {train.classes[0]}: to classify takes two or more")
+    if labels is None:
+        return train
+    index = draw_stratified(train.labels, labels, seed)
+    return Split(train.images[index], train.labels[index], train.classes)
 
 
-def train_linear_layer(
-    cfg: DictConfig, crop_features: Tensor, labels: Tensor, classes: int
-) -> nn.Linear:
-    """A linear layer on h, trained on (K, M, D) features: in each epoch the next of K crops.
-
-    The paper's protocol draws a new crop and flip in every epoch; the encoder is frozen, so that
-    K of them, extracted beforehand, are what is left to pay for.
-    """
-    rng = torch.Generator(crop_features.device).manual_seed(cfg.seed)  # order of the images
-    head = nn.Linear(crop_features.shape[-1], classes).to(crop_features.device)
-    optimizer = make_optimizer("sgd", head.parameters(), cfg.momentum, weight_decay=0.0)
-    steps = math.ceil(len(labels) / cfg.batch_size)  # the last, smaller batch counts too
-    total_steps = cfg.finetune_epochs * steps
-    with tqdm(total=total_steps, desc="linear layer", unit="step", mininterval=1) as bar:
-        for epoch in range(cfg.finetune_epochs):
-            order = torch.randperm(len(labels), device=crop_features.device, generator=rng)
-            for i, batch in enumerate(order.split(cfg.batch_size)):
-                h = crop_features[epoch % len(crop_features), batch].float()  # n×D
-                loss = F.cross_entropy(head(h), labels[batch])
-                step = epoch * steps + i
-                learning_rate = cosine_learning_rate(
-                    step, total_steps, cfg.finetune_learning_rate, cfg.min_learning_rate
-                )
-                set_learning_rate(optimizer, learning_rate)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if bar.update():
-                    bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
-    return head
+def build_encoder(
+    saved: dict[str, Any], path: Path, encoder: str, size: int, seed: int
+) -> tuple[nn.Module, int]:
+    """An encoder and its feature size: the checkpoint's, the same one untrained, or pixels."""
+    if encoder == "pixels":
+        return nn.Flatten(), 3 * size * size
+    torch.manual_seed(seed)  # weights of an untrained one
+    model = build_model(saved, path, trained=encoder == "checkpoint")
+    return model.enc.to(memory_format=torch.channels_last), model.feature_dim
 
 
-def report(results: dict[str, Any], out_dir: Path) -> None:
-    """Say the results and write them to results.json, whole or not at all."""
-    baseline = results["baseline"]
-    source = f"baseline {baseline}" if baseline else results["checkpoint"]
-    top5 = results["linear_top5"]
-    log.info(
-        f"{source} on {results['dataset']} (test): linear {results['linear_acc']:.2%}"
-        + (f", top-5 {top5:.2%}" if top5 is not None else "")
-        + f", kNN {results['knn_acc']:.2%}"
+def make_task(
+    cfg: DictConfig,
+    enc: nn.Module,
+    feature_dim: int,
+    size: int,
+    train: Split,
+    test_images: Tensor,
+    seed: int,
+) -> Task:
+    """What the config says about the protocols, with the encoder and the images."""
+    rates, decays = (
+        list(value) if isinstance(value, ListConfig) else [value]
+        for value in (cfg.finetune_learning_rate, cfg.finetune_weight_decay)
     )
-    path = out_dir / (f"results_{baseline}.json" if baseline else "results.json")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, path)
+    return Task(
+        enc.to(test_images.device),
+        feature_dim,
+        size,
+        train,
+        test_images,
+        [{"learning_rate": r, "weight_decay": d} for r, d in product(rates, decays)],
+        cfg.finetune_epochs,
+        cfg.batch_size,
+        cfg.min_learning_rate,
+        cfg.momentum,
+        cfg.finetune_views,
+        (tuple(cfg.crop_scale), cfg.flip_probability),
+        select_precision(cfg.precision, test_images.device),
+        seed,
+    )
+
+
+def rows_of(cfg: DictConfig, encoder: str, run: int) -> list[str]:
+    """The protocols for this encoder, less those in which nothing is random after the first run."""
+    rows = [row for protocol in cfg.protocols for row in ROWS.get(protocol, [protocol])]
+    if encoder == "pixels":
+        rows = [row for row in rows if row in ON_PIXELS]
+    if run > 0 and encoder != "random" and cfg.labels is None:
+        rows = [row for row in rows if row not in ROWS["knn"]]
+    return rows
 
 
 register_config()
@@ -214,7 +219,7 @@ def main(cfg: DictConfig) -> None:
             checkpoint = Path(cfg.checkpoint).expanduser()
         else:
             checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
-        evaluate(cfg, checkpoint, out_dir, given)
+        (evaluate if cfg.predict is None else predict)(cfg, checkpoint, out_dir, given)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from statistics import mean, median, stdev
 
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,10 +32,11 @@ from plain import TwoViews
 
 from checkpoint import load_checkpoint
 from data import Split, load_split, resize
-from device import select_device, select_precision
-from evaluation import frozen, top_k_accuracy
+from device import select_device
+from evaluation import accuracy, clean_features, crop_features
 from models import SimCLR
-from simclr_lin import all_features, build_encoder, train_linear_layer
+from protocols import Task, run_linear_on, run_protocols
+from simclr_lin import build_encoder, make_task
 
 SIZE = 32
 
@@ -78,52 +78,43 @@ def plain_features(enc: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([enc(resize(x, SIZE)) for x in images.split(512)])
 
 
-def ours(cfg: DictConfig, enc: nn.Module, train: Split, test: Split, dtype: torch.dtype) -> None:
-    """Our whole evaluation."""
-    with frozen(enc):
-        _, views, h = all_features(cfg, enc, train.images, test.images, SIZE, dtype)
-    head_accuracy(cfg, views, h, train, test)
-
-
-def head_accuracy(
-    cfg: DictConfig, views: torch.Tensor, h: torch.Tensor, train: Split, test: Split
-) -> float:
-    """Test accuracy of a linear layer trained on these views."""
-    torch.manual_seed(cfg.seed)
-    head = train_linear_layer(cfg, views, train.labels, len(train.classes))
-    with torch.no_grad():
-        return top_k_accuracy(head(h.float()), test.labels, 1)
+def task_of(args: argparse.Namespace, views: int, seed: int, enc: nn.Module, train: Split,
+            test: Split) -> Task:  # fmt: skip
+    """What simclr_lin.py would run with K views."""
+    cfg = config(
+        f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", f"finetune_views={views}",
+        peak="finetune_learning_rate",
+    )  # fmt: skip
+    return make_task(cfg, enc, 512, SIZE, train, test.images, seed)
 
 
 def accuracy_by_views(
-    args: argparse.Namespace, enc: nn.Module, train: Split, test: Split, dtype: torch.dtype
+    args: argparse.Namespace, enc: nn.Module, train: Split, test: Split
 ) -> dict[str, float]:
     """Test accuracy for each K, mean over seeds that change crops, order and initial weights."""
-    cfg = settings(args, args.epochs)
+    task = task_of(args, args.epochs, 0, enc.eval().requires_grad_(False), train, test)
     start = time.perf_counter()
-    with frozen(enc):
-        _, views, h = all_features(cfg, enc, train.images, test.images, SIZE, dtype)
+    views = crop_features(
+        enc, train.images, args.epochs, SIZE, *task.crop, task.batch_size, task.dtype, task.seed
+    )
+    h, test_h = (
+        clean_features(enc, split.images, SIZE, task.batch_size, task.dtype)
+        for split in (train, test)
+    )
     seconds = (time.perf_counter() - start) / (args.epochs + 1 + len(test.labels) / len(views[0]))
     means = {}
     for k in (*args.views, args.epochs):
         found = []
         for seed in range(args.seeds):
-            chosen = views.roll(-seed * k, 0)[:k]
-            found.append(head_accuracy(settings(args, k, seed), chosen, h, train, test))
+            run = task._replace(seed=seed, h=h, test_h=test_h)
+            scores = run_linear_on(run, views.roll(-seed * k, 0)[:k]).scores
+            found.append(accuracy(scores, test.labels))
         means[f"accuracy_{k}_views"] = mean(found)
         passes = k + 1 + len(test.labels) / len(views[0])
         spread = stdev(found) if len(found) > 1 else 0.0
         print(f"K = {k:3}: {mean(found):.2%} ± {spread:.2%} (n = {len(found)}), "
               f"features in {passes * seconds:.0f} s")  # fmt: skip
     return means
-
-
-def settings(args: argparse.Namespace, views: int, seed: int = 0) -> DictConfig:
-    """The config of an evaluation with K views."""
-    return config(
-        f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", f"seed={seed}",
-        f"finetune_views={views}", peak="finetune_learning_rate",
-    )  # fmt: skip
 
 
 def main() -> None:
@@ -135,24 +126,26 @@ def main() -> None:
     args.add_argument("--epochs", type=int, default=100)
     args.add_argument("--batch", type=int, default=128)
     args.add_argument("--repeats", type=int, default=3)
-    args.add_argument("--views", type=int, nargs="+", default=[1, 2, 5, 10])
+    args.add_argument(
+        "--views", type=int, nargs="+", default=[5, 1, 2, 10], help="K; timed: the first"
+    )
     args.add_argument("--seeds", type=int, default=3, help="of --accuracy")
     args.add_argument("--accuracy", action="store_true")
     args = args.parse_args()
     device = select_device("auto")
-    dtype = select_precision("auto", device)
     if args.data:
         train, test = (load_split("folder", args.data, s, SIZE, 2) for s in ("train", "test"))
         train = subset(train, args.images)
     else:
         train, test = random_split(256, 0), random_split(64, 1)
     if args.checkpoint:
-        enc = build_encoder(load_checkpoint(Path(args.checkpoint)), Path(args.checkpoint), None)
+        path = Path(args.checkpoint)
+        enc, _ = build_encoder(load_checkpoint(path), path, "checkpoint", SIZE, seed=0)
     else:
         enc = SimCLR().enc.to(memory_format=torch.channels_last)
     on_device = train.to(device), test.to(device)
     if args.accuracy:
-        finish(accuracy_by_views(args, enc.to(device), *on_device, dtype))
+        finish(accuracy_by_views(args, enc.to(device), *on_device))
         return
     plain_enc = copy.deepcopy(enc).to(device, memory_format=torch.contiguous_format).eval()
     enc = enc.to(device)
@@ -164,14 +157,12 @@ def main() -> None:
     loader = DataLoader(
         OneView(train, crop), args.batch, shuffle=True, num_workers=2, persistent_workers=True
     )
-    cfg = config(
-        f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", peak="finetune_learning_rate"
-    )
+    task = task_of(args, args.views[0], 0, enc, *on_device)
     seconds = alternate(
         {
             "plain, one epoch": lambda: plain_epoch(plain_enc, loader, device),
             "plain, the test images": lambda: plain_features(plain_enc, on_device[1].images),
-            "ours, all of it": lambda: ours(cfg, enc, *on_device, dtype),
+            "ours, all of it": lambda: list(run_protocols(["knn", "linear"], task)),
         },
         args.repeats,
     )
@@ -181,7 +172,7 @@ def main() -> None:
     epoch, last, all_of_ours = (median(times) for times in seconds.values())
     plain = args.epochs * epoch + last
     ratio = plain / all_of_ours
-    print(f"plain, {args.epochs} epochs: {plain:.0f} s; ours with K = {cfg.finetune_views}: "
+    print(f"plain, {args.epochs} epochs: {plain:.0f} s; ours with K = {task.views}: "
           f"{all_of_ours:.1f} s, {ratio:.0f} times faster")  # fmt: skip
     finish({"linear_eval_vs_every_epoch": ratio})
 

@@ -29,9 +29,9 @@ from harness import config, finish, parser, subset
 from plain import plain_loader, plain_step, plain_transform
 
 import simclr
-from data import Split, load_split, resize
+from data import Split, load_split
 from device import select_device, select_precision
-from evaluation import extract_features, knn_accuracy
+from evaluation import accuracy, clean_features, knn_scores
 from models import SimCLR
 from optim import cosine_learning_rate, set_learning_rate
 
@@ -81,14 +81,11 @@ def knn(model: SimCLR, train: Split, test: Split) -> float:
     """kNN accuracy of the representation in eval mode."""
     device = next(model.parameters()).device
     dtype = select_precision("auto", device)
-    features = [
-        extract_features(
-            model.eval().enc, (resize(x.to(device), 32) for x in split.images.split(256)), dtype
-        )
-        for split in (train, test)
-    ]
-    labels = [split.labels.to(device) for split in (train, test)]
-    return knn_accuracy(features[0], labels[0], features[1], labels[1])
+    train, test = train.to(device), test.to(device)
+    bank, queries = (
+        clean_features(model.eval().enc, split.images, 32, 256, dtype) for split in (train, test)
+    )
+    return accuracy(knn_scores(bank, train.labels, queries, len(train.classes)), test.labels)
 
 
 def race(runs: dict[str, Iterator[SimCLR]], epochs: dict[str, int], train: Split, test: Split):

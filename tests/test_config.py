@@ -96,8 +96,20 @@ BAD = [
     ("data_dir", "2024", "a path, in quotes of its own"),
     ("load_epoch", "0", "null or an integer from 1"),
     ("checkpoint", "''", "null or a path"),
-    ("baseline", "supervised", "null or one of random, pixels"),
+    ("protocols", "knn", "a list of one or more of knn, linear, linear_clean, logistic, finetune"),
+    ("protocols", "[]", "one or more"),
+    ("protocols", "[knn,knn]", "a list of one or more"),
+    ("protocols", "[supervised]", "of knn, linear"),
+    ("baselines", "[supervised]", "none or more of random, pixels"),
+    ("labels", "0", "a share of each class between 0 and 1, or a number of images"),
+    ("labels", "1.0", "null (all)"),
+    ("labels", "2.5", "null (all)"),
+    ("runs", "0", "integer from 1"),
+    ("predict", "''", "null or a path"),
     ("finetune_learning_rate", "zero", "above 0"),
+    ("finetune_learning_rate", "[]", "above 0, or a list of such"),
+    ("finetune_learning_rate", "[0.1,0]", "above 0, or a list of such"),
+    ("finetune_weight_decay", "-1", "from 0, or a list of such"),
     ("finetune_views", "0", "integer from 1"),
     ("precision", "fp8", "auto, fp32, bf16, fp16"),
     ("compile", "fast", "auto, true or false"),
@@ -164,10 +176,12 @@ def test_the_cosine_of_the_linear_layer_may_not_climb_either(config):
     config("finetune_learning_rate=1e-4")  # of no concern to pretraining
     with pytest.raises(ConfigError, match="at most finetune_learning_rate"):
         config("finetune_learning_rate=1e-4", peak="finetune_learning_rate")
+    with pytest.raises(ConfigError, match=r"at most finetune_learning_rate, which is 0\.0001"):
+        config("finetune_learning_rate=[0.1,1e-4]", peak="finetune_learning_rate")
 
 
 def test_keys_of_the_evaluation_are_refused_in_pretraining(config):
-    for override in ("checkpoint=x.pt", "load_epoch=3", "baseline=random"):
+    for override in ("checkpoint=x.pt", "load_epoch=3", "predict=images"):
         with pytest.raises(ConfigError, match=rf"{override}: must be null for simclr\.py"):
             config(override)
         config(override, peak="finetune_learning_rate")

@@ -278,15 +278,15 @@ def test_the_gradient_norm_is_that_of_all_parameters_after_unscaling(toy):
 def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkeypatch):
     """Every knn_interval epochs and at the end: a tenth of the training images asks the others."""
     seen = []
-    knn = evaluation.knn_accuracy
+    knn = evaluation.knn_scores
 
-    def record(bank, bank_labels, queries, labels):
-        seen.append((len(bank), len(queries), bank_labels.bincount().tolist(), labels.tolist()))
-        return knn(bank, bank_labels, queries, labels)
+    def record(bank, labels, queries, classes):
+        seen.append((len(bank), labels.bincount().tolist(), len(queries), classes))
+        return knn(bank, labels, queries, classes)
 
-    monkeypatch.setattr(evaluation, "knn_accuracy", record)
+    monkeypatch.setattr(evaluation, "knn_scores", record)
     with_knn, without = run("epochs=5", "knn_interval=2"), run("epochs=5", "knn_interval=0")
-    assert seen == [(21, 3, [7, 7, 7], [0, 1, 2])] * 3
+    assert seen == [(21, [7, 7, 7], 3, 3)] * 3
     lines = metrics(with_knn)
     assert [line["knn_acc"] is None for line in lines] == [True, False, True, False, False]
     assert {line["knn_acc"] for line in metrics(without)} == {None}

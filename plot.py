@@ -1,0 +1,250 @@
+"""Pictures of runs: what the encoder was shown, how it learned, and what it learned.
+
+    python plot.py RUN                 # all of them, as PNG and SVG, into the run folder
+    python plot.py RUN RUN … --out F   # the curves of several runs in one picture, into folder F
+    python plot.py dataset=digits      # views.png alone, from the config, before any training
+
+curves       loss, contrastive accuracy, learning rate and kNN over the epochs
+views        images, each with eight of its random views
+embedding    t-SNE of the representations of test images (newest checkpoint)
+neighbours   the first test image of each class, and the training images nearest to it
+confusion    what the linear layer takes for what, from results.json
+
+Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize
+from hydra.errors import HydraException
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from sklearn.manifold import TSNE
+from sklearn.metrics import ConfusionMatrixDisplay
+from torch import Tensor
+
+from augment import draw, random_views
+from checkpoint import find_checkpoint, load_encoder
+from config import check_values, register_config
+from data import Split, draw_stratified, load_split, resize
+from device import select_device, select_precision
+from errors import ConfigError, UserError, one_line_errors
+from evaluation import clean_features
+from files import replacing
+from metrics import read_metrics
+
+matplotlib.use("Agg")
+# Ten colours that differ for colour-blind readers too (Petroff 2021, arXiv 2107.02270, Table 1).
+COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+          "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
+RIGHT, WRONG = COLORS[0], COLORS[6]  # blue and orange
+MARKERS = "osD^vP*X<>"
+LOCAL = ("data_dir", "workers", "device")  # of the machine: no setting in which runs differ
+EMBEDDED = 2000  # test images in the t-SNE: more takes minutes and looks no different
+pyplot.rcParams.update({"font.size": 9, "axes.prop_cycle": pyplot.cycler(color=COLORS)})
+
+
+def plot_curves(runs: list[tuple[DictConfig, list[dict[str, Any]]]]) -> Figure:
+    """Four quantities over the epochs; a legend names the settings in which several runs differ."""
+    panels = {
+        "loss": ("NT-Xent loss", "nats", 1),
+        "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
+        "learning_rate": ("Learning rate", "at the epoch's last step", 1),
+        "knn_acc": ("kNN, held-out training images", "accuracy in %", 100),
+    }
+    figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.2), layout="constrained", sharex=True)
+    differing = [
+        key for key in runs[0][0]
+        if key not in LOCAL and any(cfg.get(key) != runs[0][0][key] for cfg, _ in runs)
+    ]  # fmt: skip
+    for axis, (name, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
+        for cfg, metrics in runs:
+            points = [(m["epoch"], factor * m[name]) for m in metrics if m[name] is not None]
+            label = ", ".join(f"{key} {cfg.get(key)}" for key in differing)
+            axis.plot(*zip(*points, strict=True) if points else ([], []), ".-", label=label)
+        axis.set(title=title, ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+    if differing:
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 3))
+    return figure
+
+
+def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8) -> Figure:
+    """`rows` images, from all over the set, each with `columns` of its random views."""
+    rng = torch.Generator().manual_seed(cfg.seed)
+    chosen = images[torch.randperm(len(images), generator=rng)[:rows]].cpu()
+    views = random_views(
+        chosen.repeat(columns, 1, 1, 1), draw(columns * len(chosen), rng), cfg.image_size,
+        tuple(cfg.crop_scale), cfg.flip_probability, cfg.color_strength,
+        cfg.grayscale_probability,
+    ).unflatten(0, (columns, len(chosen)))  # fmt: skip
+    grid = [
+        [resize(image[None], cfg.image_size)[0], *views[:, i]] for i, image in enumerate(chosen)
+    ]
+    return image_grid("An image and random views of it: any two make a positive pair", grid)[0]
+
+
+def plot_embedding(h: Tensor, labels: Tensor, classes: list[str]) -> Figure:
+    """t-SNE (cosine) of representations h (N, D), coloured by class."""
+    perplexity = min(30.0, (len(h) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0)
+    points = tsne.fit_transform(h.float().cpu().numpy())
+    figure, axis = pyplot.subplots(figsize=(8, 6.2), layout="constrained")
+    for label, name in enumerate(classes):
+        own = points[(labels == label).cpu().numpy()]
+        style = {"color": COLORS[label % 10], "marker": MARKERS[(label // 10 + label) % 10]}
+        axis.scatter(*own.T, s=16, alpha=0.9, linewidths=0, rasterized=True, label=name, **style)
+    axis.set(
+        title=f"Representations h of {len(h):,} test images", xlabel="t-SNE 1", ylabel="t-SNE 2",
+        xticks=[], yticks=[],
+    )  # fmt: skip
+    if len(classes) <= 20:  # more would fill the picture
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+    return figure
+
+
+def plot_neighbours(
+    train: Split, h: Tensor, test: Split, test_h: Tensor, size: int, columns: int = 8
+) -> Figure:
+    """The first test image of each class (of ten) with its nearest training images by cosine."""
+    queries = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()[:10]]
+    cosine = F.normalize(test_h[queries].float(), dim=1) @ F.normalize(h.float(), dim=1).T
+    nearest = cosine.topk(min(columns, len(h)), dim=1).indices
+    pairs = list(zip(queries, nearest, strict=True))
+    images = [[test.images[q], *train.images[index]] for q, index in pairs]
+    figure, axes = image_grid(
+        "Test images and the training images nearest to them: blue, the same class; orange, not",
+        [[resize(image[None], size)[0] for image in row] for row in images],
+    )
+    for row, q, index in zip(axes, queries, nearest, strict=True):
+        row[0].set_ylabel(test.classes[test.labels[q]], rotation=0, ha="right", va="center")
+        for axis, label in zip(row[1:], train.labels[index], strict=True):
+            right = bool(label == test.labels[q])
+            for side in axis.spines.values():
+                side.set(visible=True, color=RIGHT if right else WRONG, linewidth=2.5)
+            if not right:
+                axis.set_xlabel(train.classes[label], color=WRONG, fontsize=7, labelpad=2)
+    return figure
+
+
+def plot_confusion(results: dict[str, Any]) -> Figure:
+    """Shares of each true class, in %, by predicted class."""
+    matrix = np.array(results["confusion"])
+    matrix = 100 * matrix / matrix.sum(axis=1, keepdims=True)
+    figure, axis = pyplot.subplots(figsize=(8, 6.8), layout="constrained")
+    few = len(matrix) <= 20  # more numbers and names than that can't be read
+    shown = ConfusionMatrixDisplay(matrix, display_labels=results["classes"] if few else None)
+    shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
+    axis.images[0].colorbar.set_label("% of the true class")
+    axis.set(title=f"Linear evaluation: {results['linear_acc']:.1%} of the test images are right",
+             xlabel="predicted class", ylabel="true class")  # fmt: skip
+    return figure
+
+
+def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
+    """A grid of images (3, S, S) in [0, 1] without ticks and frames; returns figure and axes."""
+    height, width = len(rows), len(rows[0])
+    figure, axes = pyplot.subplots(
+        height, width, figsize=(8, 8 * (height + 0.4) / (width + 0.6)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.02, wspace=0.02)
+    figure.suptitle(title, fontsize=10)
+    for axis, image in zip(axes.flat, (image for row in rows for image in row), strict=True):
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure, axes
+
+
+def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Figure]]:
+    """What the newest checkpoint of the run makes of the images."""
+    device = select_device(cfg.device)
+    enc, _ = load_encoder(find_checkpoint(run, cfg.backbone, None))
+    enc = enc.to(device, memory_format=torch.channels_last)
+    train, test = (
+        load_split(cfg.dataset, cfg.data_dir, split, cfg.image_size, cfg.workers).to(device)
+        for split in ("train", "test")
+    )
+    size, dtype = cfg.image_size, select_precision(cfg.precision, device)
+    h, test_h = (clean_features(enc, s.images, size, cfg.batch_size, dtype) for s in (train, test))
+    part = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
+    yield "embedding", plot_embedding(test_h[part], test.labels[part], test.classes)
+    yield "neighbours", plot_neighbours(train, h, test, test_h, size)
+
+
+def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figure]]:
+    """Each picture that can be made, with its name; says what is missing for the others."""
+    if len(runs) > 1:
+        yield "curves", plot_curves([(read_config(run, []), read_metrics(run)) for run in runs])
+        return
+    cfg = read_config(runs[0] if runs else None, overrides)
+    split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
+    yield "views", plot_views(cfg, split.images)
+    for run in runs:
+        yield "curves", plot_curves([(cfg, read_metrics(run))])
+        if list(run.glob("simclr_*.pt")):
+            yield from pictures_of_checkpoint(run, cfg)
+        else:
+            print(f"no checkpoint in {run} yet: neither embedding nor neighbours")
+        file = run / "results.json"
+        results = json.loads(file.read_text()) if file.exists() else {}
+        if "confusion" in results:
+            yield "confusion", plot_confusion(results)
+        else:
+            print(f"no linear evaluation in {run} yet: no confusion; simclr_lin.py makes it")
+
+
+def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
+    """The checked config of a run, or simclr_config.yml's, with overrides."""
+    register_config()
+    try:
+        with initialize(version_base="1.3", config_path=None):
+            cfg = compose("simclr_config", overrides=overrides)
+            if run is not None:
+                given = {override.split("=")[0] for override in overrides}
+                saved = OmegaConf.load(run / "config.yaml")
+                cfg = OmegaConf.merge(cfg, {k: saved[k] for k in set(saved) & set(cfg) - given})
+            return check_values(cfg)
+    except FileNotFoundError:
+        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
+    except HydraException as error:
+        raise ConfigError(str(error)) from None
+
+
+def main() -> None:
+    """Draw what can be drawn, and say where it is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arguments", nargs="*", metavar="RUN or key=value")
+    parser.add_argument("--out", type=Path, help="folder for the pictures; else that of the run")
+    args = parser.parse_args()
+    runs = [Path(a) for a in args.arguments if "=" not in a or Path(a).is_dir()]
+    overrides = [a for a in args.arguments if Path(a) not in runs]
+    with one_line_errors():
+        out = args.out or (runs[0] if runs else Path())
+        for name, figure in pictures(runs, overrides):
+            out.mkdir(parents=True, exist_ok=True)
+            for suffix in ("png", "svg"):
+                with replacing(out / f"{name}.{suffix}") as temporary:
+                    figure.savefig(temporary, format=suffix, dpi=130)
+            pyplot.close(figure)
+            print(out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
