@@ -59,6 +59,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     for key, kind in parts.items():
         if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
             raise UserError(f"{path} was not written by simclr.py: it has no {key}")
+    for key in ARCHITECTURE:
+        if saved["config"].get(key) is None:
+            raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
     return saved
 
 
@@ -67,26 +70,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def architecture(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The keys of ARCHITECTURE from the config of a checkpoint that was loaded from `path`.
-
-    Raises UserError if one is not there.
-    """
-    found = {key: saved["config"].get(key) for key in ARCHITECTURE}
-    for key, value in found.items():
-        if value is None:
-            raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
-    return found
-
-
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
     """The network of a checkpoint that was loaded from `path`, or the same one untrained.
 
     Raises UserError if the weights do not fit the architecture that the checkpoint names.
     """
-    arguments = {k: v for k, v in architecture(saved, path).items() if k != "image_size"}
     try:
-        model = SimCLR(**arguments)
+        model = SimCLR(**{k: saved["config"][k] for k in ARCHITECTURE if k != "image_size"})
         if trained:
             model.load_state_dict(saved["model"])
     except (RuntimeError, ValueError, TypeError) as error:

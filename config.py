@@ -69,43 +69,24 @@ def _text() -> Rule:
     return lambda value: isinstance(value, str) and bool(value.strip()), allowed
 
 
-def _optional(rule: Rule) -> Rule:
-    return lambda value: value is None or rule[0](value), f"null or {rule[1]}"
-
-
 def _true_or_false() -> Rule:
     return lambda value: isinstance(value, bool), "true or false"
 
 
-def _auto_or(rule: Rule) -> Rule:
-    return lambda value: value == "auto" or rule[0](value), f"auto, {rule[1]}"
+def _either(*rules: Rule) -> Rule:
+    allowed = ", or ".join(allowed for _, allowed in rules)
+    return lambda value: any(ok(value) for ok, _ in rules), allowed
 
 
-def _some_of(names: tuple[str, ...], least: int) -> Rule:
+def _list_of(rule: Rule, least: int = 1) -> Rule:
+    """A list without repetitions."""
+
     def ok(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) >= least
-            and all(isinstance(name, str) and name in names for name in value)
-            and len(set(value)) == len(value)
-        )
+        if not isinstance(value, list) or len(value) < least:
+            return False
+        return all(map(rule[0], value)) and len(set(value)) == len(value)
 
-    return ok, f"a list of {'one or more' if least else 'none or more'} of {', '.join(names)}"
-
-
-def _one_or_list(rule: Rule) -> Rule:
-    def ok(value: Any) -> bool:
-        return (
-            all(map(rule[0], value)) and bool(value) if isinstance(value, list) else rule[0](value)
-        )
-
-    return ok, f"{rule[1]}, or a list of such to choose from"
-
-
-def _labels() -> Rule:
-    share, number = _number(0, 1, above=True, below=True)[0], _integer(1)[0]
-    allowed = "null (all), a share of each class between 0 and 1, or a number of images per class"
-    return lambda value: value is None or share(value) or number(value), allowed
+    return ok, f"a list, {'[…]' if least else '[] or […]'}, of {rule[1]}"
 
 
 def _crop_scale() -> Rule:
@@ -134,7 +115,10 @@ def _view_sizes() -> Rule:
     return ok, "[[pixels,share],...]: 1 to 8 pairs, pixels from 8 to 1024, shares that sum to 1"
 
 
+NULL: Rule = (lambda value: value is None, "null")
+AUTO: Rule = (lambda value: value == "auto", "auto")
 PROBABILITY = _number(0, 1)
+RATE, DECAY = _number(0, above=True), _number(0)
 
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
@@ -149,11 +133,11 @@ RULES: dict[str, Rule] = {
     "flip_probability": PROBABILITY,
     "color_strength": _number(0, 2.5),  # a hue shift of more than half a turn means nothing
     "grayscale_probability": PROBABILITY,
-    "view_sizes": _optional(_view_sizes()),
+    "view_sizes": _either(NULL, _view_sizes()),
     "seed": _integer(0, 2**32 - 1),
     "device": _one_of(DEVICES),
     "precision": _one_of(("auto", *PRECISIONS)),
-    "compile": _auto_or(_true_or_false()),
+    "compile": _either(AUTO, _true_or_false()),
     "activation_checkpointing": _true_or_false(),
     "batch_size": _integer(2),  # a batch of one has no negatives
     "epochs": _integer(1),
@@ -161,22 +145,23 @@ RULES: dict[str, Rule] = {
     "knn_interval": _integer(0),
     "temperature": _number(0, above=True),
     "optimizer": _one_of(OPTIMIZERS),
-    "learning_rate": _number(0, above=True),
+    "learning_rate": RATE,
     "min_learning_rate": _number(0),
     "momentum": _number(0, 1, below=True),
-    "weight_decay": _number(0),
-    "checkpoint": _optional(_text()),
-    "load_epoch": _optional(_integer(1)),
-    "protocols": _some_of(PROTOCOLS, least=1),
-    "baselines": _some_of(BASELINES, least=0),
-    "labels": _labels(),
+    "weight_decay": DECAY,
+    "checkpoint": _either(NULL, _text()),
+    "load_epoch": _either(NULL, _integer(1)),
+    "protocols": _list_of(_one_of(PROTOCOLS)),
+    "baselines": _list_of(_one_of(BASELINES), least=0),
+    "labels": _either(NULL, _number(0, 1, above=True, below=True), _integer(1)),
     "runs": _integer(1, 1000),
     "finetune_epochs": _integer(1),
     "finetune_views": _integer(1),
-    "finetune_learning_rate": _one_or_list(_number(0, above=True)),
-    "finetune_weight_decay": _one_or_list(_number(0)),
-    "predict": _optional(_text()),
+    "finetune_learning_rate": _either(RATE, _list_of(RATE)),
+    "finetune_weight_decay": _either(DECAY, _list_of(DECAY)),
+    "predict": _either(NULL, _text()),
 }
+OF_EVALUATION = tuple(RULES)[tuple(RULES).index("checkpoint") :]  # what simclr.py does not read
 
 
 class CheckConfig(Callback):
@@ -206,11 +191,11 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     simclr_lin.py. Raises ConfigError.
     """
     cfg = check_values(cfg)
-    for key in ("checkpoint", "load_epoch", "predict") if peak == "learning_rate" else ():
+    for key in ("checkpoint", "load_epoch", "labels", "predict") if peak == "learning_rate" else ():
         if cfg[key] is not None:  # would be ignored, and looks like a resume
             raise ConfigError(
-                f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights; "
-                "simclr_lin.py evaluates a checkpoint"
+                f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights "
+                "and trains on no label; simclr_lin.py evaluates a checkpoint"
             )
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
     if cfg.min_learning_rate > lowest:

@@ -75,21 +75,23 @@ def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
             raise UserError(
-                f"{count} images of each class are not there: class {label} has {len(members)}"
+                f"{count} images of each class are too many: class number {label} has "
+                f"{len(members)} training images"
             )
         parts.append(members[torch.randperm(len(members), generator=rng)[:count]])
     return torch.cat(parts).sort().values.to(labels.device)
 
 
-def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, share: float, seed: int, remedy: str) -> tuple[Tensor, Tensor]:
     """Indices of all images but a random, stratified part, and of that part.
 
-    A class of one image stays out of the part. Raises UserError if nothing is left for it.
+    A class of one image stays out of the part. Raises UserError, which names the remedy, if
+    nothing is left for it.
     """
     part = draw_stratified(labels, share, seed)
     part = part[labels.bincount()[labels[part]] > 1]
     if len(part) == 0:
-        raise UserError("no class has two images, so that none can be held out for validation")
+        raise UserError(f"no class has two images, so that none can be held out: {remedy}")
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[part] = False
     return rest.nonzero()[:, 0], part
@@ -158,7 +160,7 @@ def load_images(folder: Path, image_size: int, workers: int) -> tuple[list[Path]
     """
     files = sorted(path for path in folder.rglob("*") if _is_visible_file(path, folder))
     if not files:
-        raise UserError(f"{folder} has no image: add some, or remove the folder")
+        raise UserError(f"{folder} has no image: add some, or leave the folder out")
     with ThreadPoolExecutor(workers) as pool:
         images = list(pool.map(lambda path: _decode(path, image_size), files))
     return files, torch.from_numpy(np.stack(images))

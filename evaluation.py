@@ -107,7 +107,7 @@ def knn_scores(
     """
     bank = F.normalize(bank.float(), dim=1)
     scores = []
-    for part in queries.float().split(1024):
+    for part in queries.float().split(max(1, 2**26 // len(bank))):  # 256 MiB of similarities
         similarity = F.normalize(part, dim=1) @ bank.T  # n×M
         cosine, nearest = similarity.topk(min(k, len(bank)), dim=1)  # n×k
         weights = torch.ones_like(cosine) if temperature is None else (cosine / temperature).exp()
@@ -117,14 +117,20 @@ def knn_scores(
 
 
 def held_out_knn(
-    enc: nn.Module, split: Split, bank: Tensor, queries: Tensor, size: int, dtype: torch.dtype
+    enc: nn.Module,
+    split: Split,
+    bank: Tensor,
+    queries: Tensor,
+    size: int,
+    batch_size: int,
+    dtype: torch.dtype,
 ) -> float:
     """kNN accuracy during pretraining: both bank and queries (indices) are training images.
 
     In eval mode, and afterwards back in the mode it was in; costs one forward pass an image.
     """
     was_training = enc.training
-    h = clean_features(enc.eval(), split.images, size, 512, dtype)
+    h = clean_features(enc.eval(), split.images, size, batch_size, dtype)
     enc.train(was_training)
     scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
     return accuracy(scores, split.labels[queries])

@@ -60,7 +60,7 @@ def write_metrics(out_dir: Path, writer: SummaryWriter, metrics: dict[str, float
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
     """The epochs of a run, from its metrics.jsonl. Raises UserError if it has none."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        *lines, _ = (run / "metrics.jsonl").read_text().split("\n")  # the last: cut, or empty
     except OSError as error:
         raise UserError(f"{run} has no epoch to show: metrics.jsonl, {error.strerror}") from None
     return [json.loads(line) for line in lines]

@@ -16,6 +16,7 @@ Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts.
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from augment import draw, random_views
 from checkpoint import find_checkpoint, load_encoder
-from config import check_values, register_config
+from config import OF_EVALUATION, check_values, register_config
 from data import Split, draw_stratified, load_split, resize
 from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
@@ -48,35 +49,39 @@ COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 RIGHT, WRONG = COLORS[0], COLORS[6]  # blue and orange
 MARKERS = "osD^vP*X<>"
-LOCAL = ("data_dir", "workers", "device")  # of the machine: no setting in which runs differ
+NO_SETTING = {"data_dir", "workers", "device", *OF_EVALUATION}  # in which runs may differ
 EMBEDDED = 2000  # test images in the t-SNE: more takes minutes and looks no different
 pyplot.rcParams.update({"font.size": 9, "axes.prop_cycle": pyplot.cycler(color=COLORS)})
 
 
-def plot_curves(runs: list[tuple[DictConfig, list[dict[str, Any]]]]) -> Figure:
-    """Four quantities over the epochs; a legend names the settings in which several runs differ."""
+def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Figure:
+    """Four quantities over the epochs; several runs are called by the settings that differ.
+
+    runs: config and metrics by the name that a run has if no setting differs.
+    """
     panels = {
         "loss": ("NT-Xent loss", "nats", 1),
         "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
         "learning_rate": ("Learning rate", "at the epoch's last step", 1),
-        "knn_acc": ("kNN, held-out training images", "accuracy in %", 100),
+        "knn_acc": ("kNN among training images", "accuracy in %", 100),
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.2), layout="constrained", sharex=True)
+    configs = [cfg for cfg, _ in runs.values()]
     differing = [
-        key for key in runs[0][0]
-        if key not in LOCAL and any(cfg.get(key) != runs[0][0][key] for cfg, _ in runs)
+        key for key in configs[0]
+        if key not in NO_SETTING and any(cfg[key] != configs[0][key] for cfg in configs)
     ]  # fmt: skip
     for axis, (name, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
-        for cfg, metrics in runs:
-            points = [(m["epoch"], factor * m[name]) for m in metrics if m[name] is not None]
-            label = ", ".join(f"{key} {cfg.get(key)}" for key in differing)
+        for run, (cfg, metrics) in runs.items():
+            points = [(m["epoch"], factor * m[name]) for m in metrics if m.get(name) is not None]
+            label = ", ".join(f"{key} {cfg[key]}" for key in differing) or run
             axis.plot(*zip(*points, strict=True) if points else ([], []), ".-", label=label)
         axis.set(title=title, ylabel=unit)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    if differing:
+    if len(runs) > 1:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 3))
     return figure
@@ -124,12 +129,10 @@ def plot_neighbours(
     cosine = F.normalize(test_h[queries].float(), dim=1) @ F.normalize(h.float(), dim=1).T
     nearest = cosine.topk(min(columns, len(h)), dim=1).indices
     pairs = list(zip(queries, nearest, strict=True))
-    images = [[test.images[q], *train.images[index]] for q, index in pairs]
-    figure, axes = image_grid(
-        "Test images and the training images nearest to them: blue, the same class; orange, not",
-        [[resize(image[None], size)[0] for image in row] for row in images],
-    )
-    for row, q, index in zip(axes, queries, nearest, strict=True):
+    title = "Test images and the training images nearest to them: blue, the same class; orange, not"
+    grid = [[*resize(test.images[q, None], size), *resize(train.images[i], size)] for q, i in pairs]
+    figure, axes = image_grid(title, grid)
+    for row, (q, index) in zip(axes, pairs, strict=True):
         row[0].set_ylabel(test.classes[test.labels[q]], rotation=0, ha="right", va="center")
         for axis, label in zip(row[1:], train.labels[index], strict=True):
             right = bool(label == test.labels[q])
@@ -149,21 +152,20 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
     shown = ConfusionMatrixDisplay(matrix, display_labels=results["classes"] if few else None)
     shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
     axis.images[0].colorbar.set_label("% of the true class")
-    axis.set(title=f"Linear evaluation: {results['linear_acc']:.1%} of the test images are right",
+    title = f"Linear evaluation with {results['training_images']:,} labelled training images: "
+    axis.set(title=f"{title}{results['linear_acc']:.1%} right",
              xlabel="predicted class", ylabel="true class")  # fmt: skip
     return figure
 
 
 def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
     """A grid of images (3, S, S) in [0, 1] without ticks and frames; returns figure and axes."""
-    height, width = len(rows), len(rows[0])
-    figure, axes = pyplot.subplots(
-        height, width, figsize=(8, 8 * (height + 0.4) / (width + 0.6)), layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
+    shape = len(rows), len(rows[0])
+    size = 8, 8 * (shape[0] + 0.4) / (shape[1] + 0.6)
+    figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.02, wspace=0.02)
     figure.suptitle(title, fontsize=10)
-    for axis, image in zip(axes.flat, (image for row in rows for image in row), strict=True):
+    for axis, image in zip(axes.flat, chain(*rows), strict=True):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -182,20 +184,23 @@ def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Fi
     size, dtype = cfg.image_size, select_precision(cfg.precision, device)
     h, test_h = (clean_features(enc, s.images, size, cfg.batch_size, dtype) for s in (train, test))
     part = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
-    yield "embedding", plot_embedding(test_h[part], test.labels[part], test.classes)
+    if len(part) > 3:
+        yield "embedding", plot_embedding(test_h[part], test.labels[part], test.classes)
     yield "neighbours", plot_neighbours(train, h, test, test_h, size)
 
 
 def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figure]]:
     """Each picture that can be made, with its name; says what is missing for the others."""
+    configs = [read_config(run, overrides) for run in runs or [None]]
+    if runs:
+        named = zip(runs, configs, strict=True)
+        yield "curves", plot_curves({str(run): (cfg, read_metrics(run)) for run, cfg in named})
     if len(runs) > 1:
-        yield "curves", plot_curves([(read_config(run, []), read_metrics(run)) for run in runs])
         return
-    cfg = read_config(runs[0] if runs else None, overrides)
+    cfg = configs[0]
     split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
     yield "views", plot_views(cfg, split.images)
     for run in runs:
-        yield "curves", plot_curves([(cfg, read_metrics(run))])
         if list(run.glob("simclr_*.pt")):
             yield from pictures_of_checkpoint(run, cfg)
         else:
@@ -219,7 +224,7 @@ def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
                 saved = OmegaConf.load(run / "config.yaml")
                 cfg = OmegaConf.merge(cfg, {k: saved[k] for k in set(saved) & set(cfg) - given})
             return check_values(cfg)
-    except FileNotFoundError:
+    except OSError:
         raise UserError(f"{run} is no run folder: it has no config.yaml") from None
     except HydraException as error:
         raise ConfigError(str(error)) from None

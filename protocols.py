@@ -25,7 +25,7 @@ from evaluation import accuracy, clean_features, crop_features, frozen, knn_scor
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate
 
 VALIDATION_SHARE = 0.1  # of the labelled training images, where something is to be chosen
-PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # inverse, of logistic regression
+INVERSE_PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # of logistic regression
 
 Classifier = Callable[[Tensor], Tensor]  # (N, …) -> scores (N, C), larger is likelier
 
@@ -62,25 +62,34 @@ class Found(NamedTuple):
 def run_protocols(protocols: list[str], task: Task) -> Iterator[tuple[str, Found, float]]:
     """Each protocol of RUN: its name, what it found, and the seconds that it takes alone.
 
-    Raises RuntimeError if one other than finetune has changed the encoder.
+    Raises RuntimeError if one other than finetune has changed the encoder, UserError if there are
+    too few labels to hold some out where something is to be chosen.
     """
+    if "logistic" in protocols or len(task.candidates) > 1:
+        validation_part(task)  # before hours are spent
     feature_seconds = 0.0
+    if set(protocols) - {"finetune"}:
+        start = time.perf_counter()
+        with frozen(task.enc):
+            h, test_h = (
+                clean_features(task.enc, images, task.size, task.batch_size, task.dtype)
+                for images in (task.train.images, task.test_images)
+            )
+        task = task._replace(h=h, test_h=test_h)
+        feature_seconds = time.perf_counter() - start
     for protocol in protocols:
         start = time.perf_counter()
         if protocol == "finetune":
-            yield protocol, RUN[protocol](task), time.perf_counter() - start
-            continue
-        with frozen(task.enc):
-            if task.h is None:
-                h, test_h = (
-                    clean_features(task.enc, images, task.size, task.batch_size, task.dtype)
-                    for images in (task.train.images, task.test_images)
-                )
-                task = task._replace(h=h, test_h=test_h)
-                feature_seconds = time.perf_counter() - start
-                start += feature_seconds
             found = RUN[protocol](task)
-        yield protocol, found, time.perf_counter() - start + feature_seconds
+        else:
+            start -= feature_seconds
+            with frozen(task.enc):
+                found = RUN[protocol](task)
+        settings = found.settings
+        if "learning_rate" in settings:
+            settings = {"epochs": task.epochs, "batch_size": task.batch_size, **settings}
+        found = Found(found.scores.cpu(), settings, found.selection)  # waits for a GPU
+        yield protocol, found, time.perf_counter() - start
 
 
 def run_knn(task: Task, **settings: float) -> Found:
@@ -92,41 +101,25 @@ def run_knn(task: Task, **settings: float) -> Found:
 def run_linear(task: Task) -> Found:
     """Linear evaluation (Sec. 2.3): a linear layer on the features of random crops and flips."""
     k = min(task.views, task.epochs)  # more would not be seen
-    views = crop_features(
-        task.enc,
-        task.train.images,
-        k,
-        task.size,
-        *task.crop,
-        task.batch_size,
-        task.dtype,
-        task.seed,
-    )
-    found = run_linear_on(task, views)
+    how = task.size, *task.crop, task.batch_size, task.dtype, task.seed
+    found = run_linear_on(task, crop_features(task.enc, task.train.images, k, *how))
     return found._replace(settings={"views": k, **found.settings})
 
 
 def run_linear_on(task: Task, views: Tensor) -> Found:
-    """The same on the given features (K, M, D) of K views of each training image."""
-    fit = partial(fit_linear, task, views)
-    found = select_and_fit(task.candidates, fit, task.h, task.test_h, task.train, task.seed)
-    settings = {"epochs": task.epochs, "batch_size": task.batch_size}
-    return found._replace(settings={**settings, **found.settings})
+    """A linear layer on the features (K, M, D) of K views of each training image."""
+    return select_and_fit(task, task.candidates, partial(fit_linear, task, views))
 
 
 def run_logistic(task: Task) -> Found:
     """scikit-learn's logistic regression: it shares no code with our linear layer."""
-    fit = partial(fit_logistic, task)
-    return select_and_fit(PENALTIES, fit, task.h, task.test_h, task.train, task.seed)
+    return select_and_fit(task, INVERSE_PENALTIES, partial(fit_logistic, task))
 
 
 def run_finetune(task: Task) -> Found:
     """Fine-tuning (App. B.5): a copy of the encoder is trained too. Not linear evaluation."""
-    fit = partial(fit_network, task)
     images = task.train.images, task.test_images
-    found = select_and_fit(task.candidates, fit, *images, task.train, task.seed)
-    settings = {"epochs": task.epochs, "batch_size": task.batch_size}
-    return found._replace(settings={**settings, **found.settings})
+    return select_and_fit(task, task.candidates, partial(fit_network, task), *images)
 
 
 RUN = {
@@ -140,34 +133,36 @@ RUN = {
 
 
 def select_and_fit(
+    task: Task,
     candidates: list[dict[str, float]],
     fit: Callable[..., Classifier],
-    inputs: Tensor,
-    test_inputs: Tensor,
-    train: Split,
-    seed: int,
+    inputs: Tensor | None = None,
+    test_inputs: Tensor | None = None,
 ) -> Found:
-    """Test scores of the best candidate, fitted on all training images.
+    """Test scores of the best candidate, fitted on all labelled training images.
 
     fit(index, **candidate) trains on the images of the index alone. Of several candidates each is
-    fitted on nine tenths and scored on the tenth that is left (stratified, drawn by seed), whose
-    inputs are inputs[index]; the first of the best is fitted again on everything, and only that
-    one sees the test images. Raises UserError if there are too few labels for a validation part.
+    fitted on nine tenths and scored on the tenth that is left, whose inputs are inputs[index]; the
+    first of the best is fitted again on everything, and only that one sees the test inputs.
+    Inputs are the features of the images as they are unless given.
     """
-    chosen, selection = candidates[0], None
+    if inputs is None:
+        inputs, test_inputs = task.h, task.test_h
+    labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
-        rest, part = hold_out(train.labels, VALIDATION_SHARE, seed)
-        found = [accuracy(fit(rest, **c)(inputs[part]), train.labels[part]) for c in candidates]
+        rest, part = validation_part(task)
+        found = [accuracy(fit(rest, **c)(inputs[part]), labels[part]) for c in candidates]
         chosen = candidates[found.index(max(found))]
-        selection = {
-            "chosen": chosen,
-            "validation_images": len(part),
-            "candidates": [
-                {**c, "accuracy": value} for c, value in zip(candidates, found, strict=True)
-            ],
-        }
-    everything = torch.arange(len(train.labels), device=train.labels.device)
+        tried = [{**c, "accuracy": value} for c, value in zip(candidates, found, strict=True)]
+        selection = {"chosen": chosen, "validation_images": len(part), "candidates": tried}
+    everything = torch.arange(len(labels), device=labels.device)
     return Found(fit(everything, **chosen)(test_inputs), chosen, selection)
+
+
+def validation_part(task: Task) -> tuple[Tensor, Tensor]:
+    """Indices of nine tenths of the labelled training images and of the rest, stratified."""
+    remedy = "give more labels, or one finetune_learning_rate and weight decay and no logistic"
+    return hold_out(task.train.labels, VALIDATION_SHARE, task.seed, remedy)
 
 
 def fit_linear(task: Task, views: Tensor, index: Tensor, **candidate: float) -> Classifier:
@@ -222,7 +217,7 @@ def train_classifier(
     """Train `model` on the labels of the index; inputs(epoch, indices of a batch) is what it sees.
 
     SGD and a cosine. Each image is seen once an epoch, in batches of equal size to within one
-    image: a last one of a few would step as far as the others, and batch norm needs two.
+    image: a last one of a few would step as far as the others, and batch norm needs two images.
     """
     device, labels = task.train.labels.device, task.train.labels
     rng = torch.Generator(device).manual_seed(task.seed)  # order of the images
@@ -230,7 +225,7 @@ def train_classifier(
     optimizer = make_optimizer(
         "sgd", model.parameters(), task.momentum, weight_decay, fused=not scaler.is_enabled()
     )
-    steps = math.ceil(len(index) / task.batch_size)
+    steps = max(1, min(math.ceil(len(index) / task.batch_size), len(index) // 2))
     total = task.epochs * steps
     with tqdm(total=total, desc=name, unit="step", mininterval=1, leave=False) as bar:
         for epoch in range(task.epochs):

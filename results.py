@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,31 +13,28 @@ from files import replacing
 from protocols import Found
 
 
-class Outcome(NamedTuple):
-    """One protocol on one encoder with one seed."""
+def score(found: Found, labels: Tensor, seconds: float) -> dict[str, Any]:
+    """One protocol on one encoder with one seed, scored by the labels (N,) of the test set.
 
-    accuracy: float  # share of the test images
-    top5: float | None  # the same; None with fewer than ten classes, and for kNN
-    confusion: Tensor  # (C, C), int64: row, the true class; column, the predicted one
-    seconds: float  # alone, with the features that it needs
-    settings: dict[str, Any]
-    selection: dict[str, Any] | None  # where a hyperparameter was chosen: among what, on what
-
-
-def score(found: Found, labels: Tensor, seconds: float) -> Outcome:
-    """Score what a protocol found by the labels (N,) of the test set."""
-    scores, settings, selection = found
-    classes = scores.shape[1]
-    confusion = torch.bincount(labels * classes + scores.argmax(dim=1), minlength=classes**2)
-    confusion = confusion.view(classes, classes).cpu()
-    top5 = top_k_accuracy(scores, labels, 5) if classes >= 10 and "k" not in settings else None
-    return Outcome(accuracy(scores, labels), top5, confusion, seconds, settings, selection)
+    Confusion: (C, C), a row of counts for each true class; top-5 accuracy from ten classes up, and
+    not for kNN, whose votes rank few of them.
+    """
+    classes = found.scores.shape[1]
+    confusion = torch.bincount(labels * classes + found.scores.argmax(dim=1), minlength=classes**2)
+    ranked = classes >= 10 and "k" not in found.settings
+    return {
+        "accuracy": accuracy(found.scores, labels),
+        "top5": top_k_accuracy(found.scores, labels, 5) if ranked else None,
+        "confusion": confusion.view(classes, classes),
+        "seconds": seconds,
+        "settings": found.settings,
+        "selection": found.selection,
+    }
 
 
-def summarise(encoder: str, protocol: str, runs: list[Outcome]) -> dict[str, Any]:
+def summarise(encoder: str, protocol: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of results.json: mean and standard deviation (n - 1) over the runs."""
-    values = [run.accuracy for run in runs]
-    top5 = [run.top5 for run in runs if run.top5 is not None]
+    values = [run["accuracy"] for run in runs]
     return {
         "encoder": encoder,
         "protocol": protocol,
@@ -45,18 +42,18 @@ def summarise(encoder: str, protocol: str, runs: list[Outcome]) -> dict[str, Any
         "std": stdev(values) if len(values) > 1 else None,
         "n": len(values),
         "accuracies": values,
-        "top5": mean(top5) if top5 else None,
-        "seconds": sum(run.seconds for run in runs),
-        "settings": runs[0].settings,
-        "selections": [run.selection for run in runs if run.selection],
+        "top5": None if runs[0]["top5"] is None else mean(run["top5"] for run in runs),
+        "seconds": mean(run["seconds"] for run in runs),
+        "settings": runs[0]["settings"],
+        "selections": [run["selection"] for run in runs if run["selection"]],
     }
 
 
-def per_class(runs: list[Outcome], classes: list[str]) -> dict[str, Any]:
+def per_class(runs: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
     """The confusion matrix, summed over the runs, and each class's share of right answers."""
     if not runs:
         return {}
-    confusion = sum(run.confusion for run in runs)
+    confusion = sum(run["confusion"] for run in runs)
     shares = (confusion.diagonal() / confusion.sum(dim=1)).tolist()
     return {
         "classes": classes,
@@ -67,7 +64,7 @@ def per_class(runs: list[Outcome], classes: list[str]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], settings: bool) -> str:
     """The rows as a Markdown table, padded so that it reads on a terminal; accuracies in %."""
-    head = ["encoder", "protocol", "accuracy", "n", "top-5", "seconds"]
+    head = ["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run"]
     lines = [head + ["settings"] * settings]
     for row in rows:
         spread = f" ± {100 * row['std']:.2f}" if row["std"] is not None else ""
@@ -98,25 +95,23 @@ def _settings(row: dict[str, Any]) -> str:
     )
 
 
-def _words(settings: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in settings.items()
-    ).replace("_", " ")
+def _words(settings: dict[str, float]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
 
 
 def write_results(out_dir: Path, results: dict[str, Any]) -> None:
-    """Write results.json and results.md, each whole or not at all."""
-    epoch, images = results["epoch"], results["training_images"]
+    """Write results.json and results.md, or with few labels results_labels<…>, each whole."""
+    labels, cfg = results["labels"], results["evaluation_config"]
     text = (
-        f"{results['checkpoint']} (epoch {epoch}, SHA-256 {results['sha256']}): "
-        f"{results['backbone']} on {results['dataset']}, {images:,} labelled training images, "
-        f"{results['test_images']:,} test images, each scored once a run. Test accuracy in %, "
-        f"mean ± standard deviation over n seeds.\n\n{table(results['protocols'], settings=True)}\n"
+        f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
+        f"{results['backbone']} on {results['dataset']}, {results['training_images']:,} labelled "
+        f"training images, {results['test_images']:,} test images. Test accuracy in %; mean ± "
+        f"standard deviation over n seeds of the evaluation, from {cfg['seed']} up.\n\n"
     )
-    for name, content in (
-        ("results.json", json.dumps(results, indent=2) + "\n"),
-        ("results.md", text),
+    name = "results" if labels is None else f"results_labels{labels}"
+    for suffix, content in (
+        (".json", json.dumps(results, indent=2) + "\n"),
+        (".md", text + table(results["protocols"], settings=True) + "\n"),
     ):
-        with replacing(out_dir / name) as temporary:
+        with replacing(out_dir / (name + suffix)) as temporary:
             temporary.write_text(content, encoding="utf-8")

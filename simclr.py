@@ -133,7 +133,9 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
     if cfg.knn_interval:
         if split.labels.min() < 0:  # STL-10's are unlabelled
             labelled = load_split(cfg.dataset, cfg.data_dir, "train", cfg.image_size).to(device)
-        bank, queries = hold_out(labelled.labels, 0.1, seed=0)  # the same tenth in every run
+        # the same tenth in every run; it is held out of kNN's bank, not of pretraining
+        remedy = "knn_interval=0 leaves kNN out"
+        bank, queries = hold_out(labelled.labels, 0.1, seed=0, remedy=remedy)
     steps = len(split.images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
     training = start_training(cfg, device, cfg.epochs * steps)
 
@@ -156,15 +158,16 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
                 )
             last = epoch == cfg.epochs
             if cfg.knn_interval and (epoch % cfg.knn_interval == 0 or last):
+                shape = cfg.image_size, 2 * cfg.batch_size, training.dtype
                 metrics["knn_acc"] = held_out_knn(
-                    training.model.enc, labelled, bank, queries, cfg.image_size, training.dtype
+                    training.model.enc, labelled, bank, queries, *shape
                 )
                 bar.set_description(f"kNN {metrics['knn_acc']:.1%}")
             write_metrics(out_dir, writer, metrics)
             if epoch % cfg.log_interval == 0 or last:
                 path = out_dir / checkpoint_name(cfg.backbone, epoch)
                 save_checkpoint(path, training.model, OmegaConf.to_container(cfg), epoch)
-    knn = f", kNN {metrics['knn_acc']:.1%} (held-out training images)" if cfg.knn_interval else ""
+    knn = f", kNN {metrics['knn_acc']:.1%} (training images)" if cfg.knn_interval else ""
     log.info(
         f"epoch {epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
         f"{metrics['contrastive_accuracy']:.1%}{knn}; saved {path}"

@@ -2,15 +2,9 @@
 
     python simclr_lin.py backbone=resnet18                    # newest checkpoint in the run folder
     python simclr_lin.py checkpoint=path/to/file.pt           # any file
-    python simclr_lin.py protocols=[knn,linear,linear_clean,logistic] baselines=[random,pixels]
+    python simclr_lin.py "protocols=[knn,linear,logistic]" "baselines=[random,pixels]"
     python simclr_lin.py labels=0.01 runs=5                   # few labels, five draws of them
     python simclr_lin.py predict=path/to/images               # predictions.csv instead
-
-knn           cosine kNN: k = 10, and weighted with k = 200, τ = 0.07 (Wu et al. 2018)
-linear        a linear layer on random crops and flips, the encoder frozen: the headline
-linear_clean  the same layer on the images as they are
-logistic      scikit-learn's logistic regression on the same features
-finetune      all of the network is trained on the labels: fine-tuning, never linear evaluation
 
 The encoder is in eval mode, without gradients, and checked to be unchanged; finetune trains a copy.
 What has to be chosen is chosen on training images; the test set is scored once. The table goes to
@@ -27,17 +21,17 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
-from checkpoint import architecture, build_model, find_checkpoint, load_checkpoint, sha256
+from checkpoint import ARCHITECTURE, build_model, find_checkpoint, load_checkpoint, sha256
 from config import check_config, register_config, run_folder
 from data import Split, draw_stratified, load_images, load_split
 from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
 from files import replacing
 from protocols import Task, run_protocols
-from results import Outcome, per_class, score, summarise, table, write_results
+from results import per_class, score, summarise, table, write_results
 
 log = logging.getLogger("simclr_lin")
 
@@ -64,15 +58,15 @@ def evaluate(
     name = f"{checkpoint}, epoch {saved['epoch']}, {saved['config']['backbone']} at {size} px"
     log.info(f"{name}, on {cfg.dataset}, {device}")
 
-    outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    outcomes: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for encoder in ("checkpoint", *cfg.baselines):
-        for run in range(cfg.runs):
-            model = build_encoder(saved, checkpoint, encoder, size, cfg.seed + run)
-            part = labelled_part(train, cfg.labels, cfg.seed + run)
-            task = make_task(cfg, *model, size, part, test.images, cfg.seed + run)
-            for protocol, found, seconds in run_protocols(rows_of(cfg, encoder, run), task):
-                outcomes[encoder, protocol].append(score(found, test.labels, seconds))
-    rows = [summarise(*key, runs) for key, runs in outcomes.items()]
+        for seed in range(cfg.seed, cfg.seed + cfg.runs):
+            task = make_task(cfg, saved, checkpoint, encoder, train, test.images, seed)
+            for protocol, found, seconds in run_protocols(rows_of(cfg, encoder, seed), task):
+                outcome = score(found, test.labels.cpu(), seconds)
+                outcomes[encoder, protocol].append(outcome)
+                log.info(f"{encoder}, seed {seed}, {protocol}: {outcome['accuracy']:.2%}")
+    rows = [summarise(*key, found) for key, found in outcomes.items()]
     of_checkpoint = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
     results = {
         "linear_acc": of_checkpoint.get("linear", {}).get("accuracy"),
@@ -83,12 +77,14 @@ def evaluate(
         "epoch": saved["epoch"],
         "backbone": saved["config"]["backbone"],
         "dataset": cfg.dataset,
-        "training_images": len(part.images),
+        "labels": cfg.labels,
+        "training_images": len(task.train.images),
         "test_images": len(test.images),
         "precision": str(task.dtype).removeprefix("torch."),
         "protocols": rows,
         **per_class(outcomes["checkpoint", "linear"], test.classes),
         "config": saved["config"],
+        "evaluation_config": OmegaConf.to_container(cfg),
     }
     write_results(out_dir, results)
     log.info(f"{len(test.images):,} test images, accuracy in %\n{table(rows, settings=False)}")
@@ -109,9 +105,7 @@ def predict(
         raise UserError(f"predict={cfg.predict}: there is no such folder")
     files, images = load_images(folder, size, cfg.workers)
     train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
-    model = build_encoder(saved, checkpoint, "checkpoint", size, cfg.seed)
-    part = labelled_part(train, cfg.labels, cfg.seed)
-    task = make_task(cfg, *model, size, part, images.to(device), cfg.seed)
+    task = make_task(cfg, saved, checkpoint, "checkpoint", train, images.to(device), cfg.seed)
     [(_, found, _)] = run_protocols(["linear"], task)
     probability, label = found.scores.softmax(dim=1).max(dim=1)
     path = out_dir / "predictions.csv"
@@ -132,50 +126,32 @@ def open_checkpoint(
 ) -> tuple[dict[str, Any], int]:
     """The checkpoint and its image size; ConfigError if the user typed another architecture."""
     saved = load_checkpoint(checkpoint)
-    trained = architecture(saved, checkpoint)
-    for key in given & set(trained):
-        if cfg[key] != trained[key]:
+    for key in given & set(ARCHITECTURE):
+        if cfg[key] != (trained := saved["config"][key]):
             raise ConfigError(
-                f"{key}={cfg[key]}: must be {trained[key]}, as in {checkpoint}; leave it out"
+                f"{key}={cfg[key]}: must be {trained}, as in {checkpoint}; leave it out"
             )
-    return saved, trained["image_size"]
-
-
-def labelled_part(train: Split, labels: float | None, seed: int) -> Split:
-    """The training images whose labels may be used: all, or so many of each class (or a share)."""
-    if len(train.classes) < 2:
-        raise UserError(f"there is one class, {train.classes[0]}: to classify takes two or more")
-    if labels is None:
-        return train
-    index = draw_stratified(train.labels, labels, seed)
-    return Split(train.images[index], train.labels[index], train.classes)
-
-
-def build_encoder(
-    saved: dict[str, Any], path: Path, encoder: str, size: int, seed: int
-) -> tuple[nn.Module, int]:
-    """An encoder and its feature size: the checkpoint's, the same one untrained, or pixels."""
-    if encoder == "pixels":
-        return nn.Flatten(), 3 * size * size
-    torch.manual_seed(seed)  # weights of an untrained one
-    model = build_model(saved, path, trained=encoder == "checkpoint")
-    return model.enc.to(memory_format=torch.channels_last), model.feature_dim
+    return saved, saved["config"]["image_size"]
 
 
 def make_task(
     cfg: DictConfig,
-    enc: nn.Module,
-    feature_dim: int,
-    size: int,
+    saved: dict[str, Any],
+    path: Path,
+    encoder: str,
     train: Split,
     test_images: Tensor,
     seed: int,
 ) -> Task:
-    """What the config says about the protocols, with the encoder and the images."""
-    rates, decays = (
-        list(value) if isinstance(value, ListConfig) else [value]
-        for value in (cfg.finetune_learning_rate, cfg.finetune_weight_decay)
-    )
+    """What the protocols are given: an encoder, the labelled images for this seed, the settings."""
+    if len(train.classes) < 2:
+        raise UserError(f"there is one class, {train.classes[0]}: to classify takes two or more")
+    if cfg.labels is not None:
+        index = draw_stratified(train.labels, cfg.labels, seed)
+        train = Split(train.images[index], train.labels[index], train.classes)
+    size = saved["config"]["image_size"]
+    enc, feature_dim = build_encoder(saved, path, encoder, seed)
+    rates, decays = map(as_list, (cfg.finetune_learning_rate, cfg.finetune_weight_decay))
     return Task(
         enc.to(test_images.device),
         feature_dim,
@@ -194,12 +170,28 @@ def make_task(
     )
 
 
-def rows_of(cfg: DictConfig, encoder: str, run: int) -> list[str]:
-    """The protocols for this encoder, less those in which nothing is random after the first run."""
+def build_encoder(
+    saved: dict[str, Any], path: Path, encoder: str, seed: int
+) -> tuple[nn.Module, int]:
+    """An encoder and its feature size: the checkpoint's, the same one untrained, or pixels."""
+    if encoder == "pixels":
+        return nn.Flatten(), 3 * saved["config"]["image_size"] ** 2
+    torch.manual_seed(seed)  # weights of an untrained one
+    model = build_model(saved, path, trained=encoder == "checkpoint")
+    return model.enc.to(memory_format=torch.channels_last), model.feature_dim
+
+
+def as_list(value: float | ListConfig) -> list[float]:
+    """A value, or a list of values to choose from, as a list."""
+    return list(value) if isinstance(value, ListConfig) else [value]
+
+
+def rows_of(cfg: DictConfig, encoder: str, seed: int) -> list[str]:
+    """The protocols for this encoder; what is not random is left out after the first seed."""
     rows = [row for protocol in cfg.protocols for row in ROWS.get(protocol, [protocol])]
     if encoder == "pixels":
         rows = [row for row in rows if row in ON_PIXELS]
-    if run > 0 and encoder != "random" and cfg.labels is None:
+    if seed > cfg.seed and encoder != "random" and cfg.labels is None:
         rows = [row for row in rows if row not in ROWS["knn"]]
     return rows
 

@@ -32,11 +32,11 @@ from plain import TwoViews
 
 from checkpoint import load_checkpoint
 from data import Split, load_split, resize
-from device import select_device
+from device import select_device, select_precision
 from evaluation import accuracy, clean_features, crop_features
 from models import SimCLR
 from protocols import Task, run_linear_on, run_protocols
-from simclr_lin import build_encoder, make_task
+from simclr_lin import build_encoder
 
 SIZE = 32
 
@@ -78,21 +78,25 @@ def plain_features(enc: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([enc(resize(x, SIZE)) for x in images.split(512)])
 
 
-def task_of(args: argparse.Namespace, views: int, seed: int, enc: nn.Module, train: Split,
-            test: Split) -> Task:  # fmt: skip
-    """What simclr_lin.py would run with K views."""
-    cfg = config(
-        f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", f"finetune_views={views}",
-        peak="finetune_learning_rate",
+def task_of(
+    args: argparse.Namespace, views: int, enc: nn.Module, train: Split, test: Split
+) -> Task:
+    """What simclr_lin.py would run with K views of each image."""
+    cfg = config(f"batch_size={args.batch}", peak="finetune_learning_rate")
+    rate = {"learning_rate": cfg.finetune_learning_rate, "weight_decay": 0.0}
+    crop = tuple(cfg.crop_scale), cfg.flip_probability
+    return Task(
+        enc, 512, SIZE, train, test.images, [rate], args.epochs, args.batch,
+        cfg.min_learning_rate, cfg.momentum, views, crop,
+        select_precision("auto", test.images.device), seed=0,
     )  # fmt: skip
-    return make_task(cfg, enc, 512, SIZE, train, test.images, seed)
 
 
 def accuracy_by_views(
     args: argparse.Namespace, enc: nn.Module, train: Split, test: Split
 ) -> dict[str, float]:
     """Test accuracy for each K, mean over seeds that change crops, order and initial weights."""
-    task = task_of(args, args.epochs, 0, enc.eval().requires_grad_(False), train, test)
+    task = task_of(args, args.epochs, enc.eval().requires_grad_(False), train, test)
     start = time.perf_counter()
     views = crop_features(
         enc, train.images, args.epochs, SIZE, *task.crop, task.batch_size, task.dtype, task.seed
@@ -140,7 +144,7 @@ def main() -> None:
         train, test = random_split(256, 0), random_split(64, 1)
     if args.checkpoint:
         path = Path(args.checkpoint)
-        enc, _ = build_encoder(load_checkpoint(path), path, "checkpoint", SIZE, seed=0)
+        enc, _ = build_encoder(load_checkpoint(path), path, "checkpoint", seed=0)
     else:
         enc = SimCLR().enc.to(memory_format=torch.channels_last)
     on_device = train.to(device), test.to(device)
@@ -157,7 +161,7 @@ def main() -> None:
     loader = DataLoader(
         OneView(train, crop), args.batch, shuffle=True, num_workers=2, persistent_workers=True
     )
-    task = task_of(args, args.views[0], 0, enc, *on_device)
+    task = task_of(args, args.views[0], enc, *on_device)
     seconds = alternate(
         {
             "plain, one epoch": lambda: plain_epoch(plain_enc, loader, device),

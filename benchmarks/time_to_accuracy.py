@@ -97,9 +97,9 @@ def race(runs: dict[str, Iterator[SimCLR]], epochs: dict[str, int], train: Split
         model = next(runs[name])
         seconds = trace[name][-1][0] + time.perf_counter() - start
         epoch = trace[name][-1][1] + 1
-        accuracy = knn(model, train, test) if epoch >= 0.6 * epochs[name] else 0.0
-        trace[name].append((seconds, epoch, accuracy))
-        print(f"{name} {epoch}/{epochs[name]}: {seconds:.0f} s, kNN {accuracy:.2%}", flush=True)
+        found = knn(model, train, test) if epoch >= 0.6 * epochs[name] else 0.0
+        trace[name].append((seconds, epoch, found))
+        print(f"{name} {epoch}/{epochs[name]}: {seconds:.0f} s, kNN {found:.2%}", flush=True)
     return trace
 
 

@@ -5,9 +5,17 @@ import pickle
 import pytest
 import torch
 
-from checkpoint import checkpoint_name, find_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import (
+    ARCHITECTURE,
+    checkpoint_name,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from errors import UserError
 from models import SimCLR
+
+CONFIG = {"seed": 1, **dict.fromkeys(ARCHITECTURE, 8)}
 
 
 @pytest.fixture
@@ -15,13 +23,13 @@ def saved(tmp_path):
     """A folder with checkpoints of epochs 9, 10 and, of another backbone, 11."""
     model = torch.nn.Linear(2, 2)
     for backbone, epoch in (("resnet18", 9), ("resnet18", 10), ("resnet34", 11)):
-        save_checkpoint(tmp_path / checkpoint_name(backbone, epoch), model, {"seed": 1}, epoch)
+        save_checkpoint(tmp_path / checkpoint_name(backbone, epoch), model, CONFIG, epoch)
     return tmp_path
 
 
 def test_what_is_saved_is_loaded(saved):
     content = load_checkpoint(saved / "simclr_resnet18_epoch9.pt")
-    assert content["epoch"] == 9 and content["config"] == {"seed": 1}
+    assert content["epoch"] == 9 and content["config"] == CONFIG
     assert set(content["model"]) == {"weight", "bias"}
     assert not list(saved.glob("*.tmp"))
 

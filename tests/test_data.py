@@ -268,14 +268,16 @@ def test_a_stratified_part_has_its_share_of_each_class_and_depends_on_the_seed_a
     assert torch.equal(part, draw_stratified(labels, 0.1, seed=3))
     assert not torch.equal(part, draw_stratified(labels, 0.1, seed=4))
     assert labels[draw_stratified(labels[:0].new_tensor([0, 0, 1, 1]), 2, 0)].numel() == 4
-    with pytest.raises(UserError, match="5 images of each class are not there: class 2 has 1"):
+    with pytest.raises(
+        UserError, match="5 images of each class are too many: class number 2 has 1 train"
+    ):
         draw_stratified(labels, 5, seed=0)
 
 
 def test_what_is_held_out_is_not_in_the_rest():
     labels = torch.tensor([0] * 40 + [1] * 20 + [2])
-    rest, part = hold_out(labels, 0.1, seed=0)
+    rest, part = hold_out(labels, 0.1, seed=0, remedy="")
     assert sorted(rest.tolist() + part.tolist()) == list(range(61))
     assert labels[part].bincount().tolist() == [4, 2]  # the only image of class 2 stays
-    with pytest.raises(UserError, match="no class has two images"):
-        hold_out(torch.arange(5), 0.1, seed=0)
+    with pytest.raises(UserError, match=r"no class has two images, so .*: take more"):
+        hold_out(torch.arange(5), 0.1, seed=0, remedy="take more")

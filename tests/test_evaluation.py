@@ -138,7 +138,7 @@ def test_knn_in_training_leaves_the_encoder_in_its_mode_and_its_statistics_alone
     split = Split(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), torch.arange(12) % 3,
                   ["a", "b", "c"])  # fmt: skip
     bank, queries = torch.arange(9), torch.arange(9, 12)
-    found = held_out_knn(enc, split, bank, queries, 8, torch.float32)
+    found = held_out_knn(enc, split, bank, queries, 8, 5, torch.float32)
     assert enc.training
     assert all(torch.equal(before[name], tensor) for name, tensor in enc.state_dict().items())
     h = extract_features(enc.eval(), [resize(split.images, 8)], torch.float32)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from metrics import alignment, epoch_means, uniformity
+from errors import UserError
+from metrics import alignment, epoch_means, read_metrics, uniformity
 
 
 def test_alignment_and_uniformity_are_wang_and_isolas():
@@ -37,3 +38,10 @@ def test_epoch_means_leave_out_gradients_that_overflowed():
     assert epoch_means(names, values) == {"loss": 3, "gradient_norm": 3}
     assert epoch_means(names, values[1:2])["gradient_norm"] is None
     assert math.isnan(epoch_means(names, [[math.nan, 1.0]])["loss"])
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    assert read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
+    with pytest.raises(UserError, match="has no epoch to show"):
+        read_metrics(tmp_path / "nowhere")

@@ -82,6 +82,7 @@ def test_mistakes_are_one_line(draw, tmp_path, make_run):
         found, line = draw(*arguments, "--out", tmp_path)
         assert (found, line.count("\n")) == (code, 1) and message in line, line
     run = make_run("run")
+    assert "is no run folder" in draw(run / "simclr_resnet18_epoch2.pt")[1]
     (run / "metrics.jsonl").unlink()
     assert "has no epoch to show: metrics.jsonl" in draw(run)[1]
 
@@ -104,7 +105,8 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
     a = [{"epoch": e, "loss": 5 - e, "contrastive_accuracy": e / 10, "learning_rate": 0.1,
           "knn_acc": e / 20 if e == 2 else None} for e in (1, 2)]  # fmt: skip
     b = [{**line, "loss": 6, "knn_acc": None} for line in a]
-    figure = plot.plot_curves([(toy("temperature=0.1", "workers=3"), a), (toy("seed=7"), b)])
+    one, other = toy("temperature=0.1", "workers=3", "finetune_epochs=7"), toy("seed=7")
+    figure = plot.plot_curves({"one": (one, a), "other": (other, b)})
     loss, contrastive, rate, knn = figure.axes
     assert lines_of(loss) == [([1, 2], [4, 3]), ([1, 2], [6, 6])]
     assert lines_of(contrastive)[0] == ([1, 2], [10, 20])
@@ -115,7 +117,10 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
         "seed 42, temperature 0.1", "seed 7, temperature 0.5",
     }  # fmt: skip
     assert all(axis.get_title() and axis.get_ylabel() for axis in figure.axes)
-    assert not plot.plot_curves([(toy(), a)]).legends
+    old = [{"epoch": 1, "loss": 3.0, "contrastive_accuracy": 0.1, "learning_rate": 0.1}]
+    figure = plot.plot_curves({"logs/a": (toy(), a), "logs/b": (toy(), old)})  # before kNN
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["logs/a", "logs/b"]
+    assert not plot.plot_curves({"one": (toy(), a)}).legends
     pyplot.close("all")
 
 
@@ -187,11 +192,12 @@ def test_embedding_has_a_point_for_each_image_in_the_colour_of_its_class():
 
 
 def test_confusion_is_in_shares_of_the_true_class(tmp_path):
-    results = {"confusion": [[3, 1], [0, 5]], "classes": ["cat", "dog"], "linear_acc": 8 / 9}
+    results = {"confusion": [[3, 1], [0, 5]], "classes": ["cat", "dog"], "linear_acc": 8 / 9,
+               "training_images": 5000}  # fmt: skip
     figure = plot.plot_confusion(json.loads(json.dumps(results)))
     axis = figure.axes[0]
     assert [text.get_text() for text in axis.texts] == ["75", "25", "0", "100"]
-    assert "88.9%" in axis.get_title()
+    assert axis.get_title().endswith("5,000 labelled training images: 88.9% right")
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
     assert [label.get_text() for label in axis.get_yticklabels()] == ["cat", "dog"]
     pyplot.close("all")

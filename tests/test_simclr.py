@@ -17,6 +17,7 @@ import evaluation
 import simclr
 from checkpoint import load_checkpoint
 from errors import ConfigError, UserError
+from metrics import alignment, uniformity
 from models import SimCLR, nt_xent
 
 
@@ -263,14 +264,17 @@ def test_an_epoch_reads_nothing_back_before_its_end(toy):
     assert line["step"] == 3
 
 
-def test_the_gradient_norm_is_that_of_all_parameters_after_unscaling(toy):
+def test_a_step_reports_its_gradient_norm_unscaled_and_the_geometry_of_z(toy):
     for precision in ("fp32", "fp16"):
         cfg = toy(f"precision={precision}", "projection_dim=4", "hidden_dim=8")
         model, optimizer, scaler, *_ = simclr.start_training(cfg, torch.device("cpu"), 2)
         plain = copy.deepcopy(model)
         views = torch.rand(8, 3, 8, 8)
         found = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
-        nt_xent(*plain(views)[1].chunk(2))[0].backward()
+        z1, z2 = plain(views)[1].chunk(2)
+        nt_xent(z1, z2)[0].backward()
+        for name, value in (("alignment", alignment(z1, z2)), ("uniformity", uniformity(z1))):
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
         norm = torch.cat([weight.grad.flatten() for weight in plain.parameters()]).norm()
         torch.testing.assert_close(found["gradient_norm"], norm, rtol=1e-2, atol=0)
 
@@ -281,17 +285,33 @@ def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkey
     knn = evaluation.knn_scores
 
     def record(bank, labels, queries, classes):
-        seen.append((len(bank), labels.bincount().tolist(), len(queries), classes))
+        seen.append(((*bank.shape,), labels.bincount().tolist(), (*queries.shape,), classes))
         return knn(bank, labels, queries, classes)
 
     monkeypatch.setattr(evaluation, "knn_scores", record)
     with_knn, without = run("epochs=5", "knn_interval=2"), run("epochs=5", "knn_interval=0")
-    assert seen == [(21, [7, 7, 7], 3, 3)] * 3
+    assert seen == [((21, 512), [7, 7, 7], (3, 512), 3)] * 3  # h, not z
     lines = metrics(with_knn)
     assert [line["knn_acc"] is None for line in lines] == [True, False, True, False, False]
     assert {line["knn_acc"] for line in metrics(without)} == {None}
     a, b = (load_checkpoint(f / "simclr_resnet18_epoch5.pt")["model"] for f in (with_knn, without))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_held_out_tenth_is_the_same_for_every_seed(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        simclr, "held_out_knn", lambda enc, split, bank, queries, *args: seen.append(queries) or 0.5
+    )
+    run("epochs=1", "seed=1"), run("epochs=1", "seed=2")
+    assert torch.equal(*seen)
+
+
+def test_one_image_a_class_can_be_pretrained_on_without_knn(toy, write_images, tmp_path):
+    data = f"data_dir={write_images(tmp_path / 'few', classes=4, train=1)}"
+    with pytest.raises(UserError, match="none can be held out: knn_interval=0 leaves kNN out"):
+        simclr.pretrain(toy(data, "batch_size=4"), tmp_path)
+    simclr.pretrain(toy(data, "batch_size=4", "knn_interval=0"), tmp_path)
 
 
 def test_unlabelled_images_are_judged_by_the_labelled_training_images(run, monkeypatch):

@@ -79,6 +79,8 @@ def test_results_are_written_with_their_source(evaluate, checkpoint):
     assert results["epoch"] == 1 and results["checkpoint"] == str(checkpoint)
     assert results["sha256"] == sha256(checkpoint)
     assert results["config"] == load_checkpoint(checkpoint)["config"]
+    assert results["evaluation_config"]["seed"] == 42
+    assert results["evaluation_config"]["protocols"] == ["knn", "linear"]
     assert results["backbone"] == "resnet18" and results["dataset"] == "folder"
     assert (results["training_images"], results["test_images"]) == (24, 9)
     found = rows(results)
@@ -103,13 +105,14 @@ def test_the_table_is_written_to_be_pasted(evaluate, checkpoint):
     assert sha256(checkpoint) in text and "24 labelled training images, 9 test images" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0] == ["encoder", "protocol", "accuracy", "n", "top-5", "seconds", "settings"]
+    assert cells[0] == ["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run",
+                        "settings"]  # fmt: skip
     knn, linear = cells[2], cells[4]
     assert knn[:4] == ["checkpoint", "knn", f"{100 * results['knn_acc']:.2f}", "1"]
     row = rows(results)["checkpoint", "linear"]
     assert linear[2] == f"{100 * row['accuracy']:.2f} ± {100 * row['std']:.2f}"
     assert re.fullmatch(
-        r"views 2, epochs 2, batch size 8; learning rate 0\.\d+, weight decay 0"
+        r"epochs 2, batch size 8, views 2; learning rate 0\.\d+, weight decay 0"
         r"( or learning rate 0\.\d+, weight decay 0)?, "
         r"the best of 2 on 3 held-out training images",
         linear[6],
@@ -219,11 +222,12 @@ def test_every_protocol_is_given_h_of_the_whole_split(evaluate, checkpoint, toy,
     banks = []
     knn = protocols.knn_scores
     monkeypatch.setattr(
-        protocols, "knn_scores", lambda *args, **kw: banks.append(args) or knn(*args, **kw)
+        protocols, "knn_scores", lambda *args, **kw: banks.append((args, kw)) or knn(*args, **kw)
     )
     evaluate(FROZEN, "precision=fp32")
-    assert len(seen) == 5 and len(banks) == 2
-    for h, test_h in [(t.h, t.test_h) for t in seen] + [(b[0], b[2]) for b in banks]:
+    assert len(seen) == 5
+    assert [kw for _, kw in banks] == [{"k": 10}, {"k": 200, "temperature": 0.07}]
+    for h, test_h in [(t.h, t.test_h) for t in seen] + [(b[0], b[2]) for b, _ in banks]:
         torch.testing.assert_close(h, expected[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(test_h, expected[1], atol=1e-5, rtol=1e-4)
 
@@ -315,11 +319,11 @@ def test_the_layer_uses_the_cosine_momentum_and_no_weight_decay(evaluate, monkey
 
 
 def test_hyperparameters_are_chosen_on_a_validation_part_and_fitted_again_on_all(easy, spy):
-    """The rate 1e-5 learns nothing; the part that scores it is not in what it is fitted on."""
-    for protocol, baselines in (("linear", "[]"), ("linear_clean", "[]"), ("finetune", "[]")):
+    """The rate 1e-6 learns nothing; the part that scores it is not in what it is fitted on."""
+    for protocol in ("linear", "linear_clean", "finetune"):
         spy["trained"].clear()
         results = easy(
-            f"protocols=[{protocol}]", f"baselines={baselines}", "min_learning_rate=0",
+            f"protocols=[{protocol}]", "min_learning_rate=0",
             "finetune_learning_rate=[1e-6,0.05]", "finetune_weight_decay=[0,0.001]",
         )  # fmt: skip
         [row] = results["protocols"]
@@ -353,12 +357,10 @@ def test_candidates_are_scored_on_the_validation_part_alone(evaluate, monkeypatc
     labels = torch.arange(30) % 3
     train = simclr_lin.Split(None, labels, ["a", "b", "c"])
     inputs, test = labels[:, None] + 3 * torch.arange(30)[:, None], torch.tensor([[1], [2]])
-    found = protocols.select_and_fit([{"c": 1}, {"c": 0}], fit, inputs, test, train, seed=0)
-    part = protocols.hold_out(labels, 0.1, 0)[1]
-    assert scored == [
-        (1, 27, inputs[part].flatten().tolist()), (0, 27, inputs[part].flatten().tolist()),
-        (0, 30, [1, 2]),
-    ]  # fmt: skip
+    task = protocols.Task(*[None] * 3, train, *[None] * 9, seed=5, h=inputs, test_h=test)
+    found = protocols.select_and_fit(task, [{"c": 1}, {"c": 0}], fit)
+    part = inputs[protocols.hold_out(labels, 0.1, 5, "")[1]].flatten().tolist()
+    assert scored == [(1, 27, part), (0, 27, part), (0, 30, [1, 2])]
     assert found.scores.argmax(dim=1).tolist() == [1, 2]
     assert [c["accuracy"] for c in found.selection["candidates"]] == [0, 1]
 
@@ -371,14 +373,18 @@ def test_the_penalty_of_the_logistic_regression_is_chosen_on_training_images(eas
     )
     [row] = easy("protocols=[logistic]")["protocols"]
     *tried, (c, x) = fitted
-    assert [len(x) for _, x in tried] == [21] * len(protocols.PENALTIES) and len(x) == 24
+    assert [len(x) for _, x in tried] == [21] * len(protocols.INVERSE_PENALTIES) and len(x) == 24
     assert row["settings"] == {"C": c} == row["selections"][0]["chosen"]
     assert abs(x.mean()) < 1e-6  # standardised
 
 
-def test_too_few_labels_to_choose_with_are_refused(evaluate):
-    with pytest.raises(UserError, match="no class has two images"):
-        evaluate("labels=1", "finetune_learning_rate=[0.1,0.2]")
+@pytest.mark.parametrize("setting", ["finetune_learning_rate=[0.1,0.2]", "protocols=[logistic]"])
+def test_too_few_labels_to_choose_with_are_refused_before_anything_is_computed(
+    evaluate, spy, setting
+):
+    with pytest.raises(UserError, match=r"no class has two images.*: give more labels, or one fin"):
+        evaluate("labels=1", setting)
+    assert not spy["calls"]
 
 
 def test_nothing_is_chosen_on_the_test_set(evaluate, spy, monkeypatch):
@@ -402,7 +408,7 @@ def test_nothing_is_chosen_on_the_test_set(evaluate, spy, monkeypatch):
 
 
 def test_few_labels_are_stratified_drawn_by_seed_and_the_same_for_every_protocol(
-    evaluate, monkeypatch
+    evaluate, checkpoint, monkeypatch
 ):
     seen = []
     run = simclr_lin.run_protocols
@@ -416,8 +422,17 @@ def test_few_labels_are_stratified_drawn_by_seed_and_the_same_for_every_protocol
     assert all(torch.equal(a, b) for a, b in zip(rest, [first, second] * 2, strict=True))
     assert results["training_images"] == 6
     assert {row["n"] for row in results["protocols"]} == {2}  # kNN too: its bank is random
+    before = (checkpoint.parent / "results_labels2.json").read_text()
+    assert json.loads(before) == results
     assert evaluate("labels=0.25")["training_images"] == 6
-    with pytest.raises(UserError, match="9 images of each class are not there"):
+    evaluate()
+    written = {path.name for path in checkpoint.parent.glob("results*")}
+    assert written == {
+        f"results{labels}.{suffix}"
+        for labels in ("", "_labels2", "_labels0.25") for suffix in ("json", "md")
+    }  # fmt: skip
+    assert (checkpoint.parent / "results_labels2.json").read_text() == before
+    with pytest.raises(UserError, match="9 images of each class are too many"):
         evaluate("labels=9")
 
 
@@ -467,6 +482,26 @@ def test_fine_tuning_trains_all_of_a_copy(evaluate, spy, checkpoint):
     assert all(torch.equal(kept[name], saved[f"enc.{name}"]) for name in kept)
     modes = [call[0] for call in spy["calls"][5:]]  # after kNN; hooks are copied with the encoder
     assert modes == [True] * 6 + [False] * 2  # two epochs, then the test images
+
+
+def test_fine_tuning_sees_new_crops_in_every_epoch(evaluate, monkeypatch):
+    drawn = []
+    crop = protocols.random_crop_flip
+
+    def record(images, u, *args):
+        drawn.append((tuple(u.flatten().tolist()), args))
+        return crop(images, u, *args)
+
+    monkeypatch.setattr(protocols, "random_crop_flip", record)
+    evaluate("protocols=[finetune]", "crop_scale=[0.2,0.9]", "flip_probability=0.3")
+    assert len(drawn) == 6 == len({u for u, _ in drawn})
+    assert {args for _, args in drawn} == {(8, (0.2, 0.9), 0.3)}
+
+
+def test_no_batch_of_fine_tuning_has_one_image(evaluate, spy):
+    """For which batch norm has no statistics: nine labels in batches of two."""
+    evaluate("protocols=[finetune]", "labels=3", "batch_size=2", "finetune_learning_rate=0.1")
+    assert sorted({n for training, *_, n in spy["calls"] if training}) == [2, 3]
 
 
 def test_fine_tuning_in_float16_is_scaled(evaluate, monkeypatch):
