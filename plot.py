@@ -55,10 +55,7 @@ pyplot.rcParams.update({"font.size": 9, "axes.prop_cycle": pyplot.cycler(color=C
 
 
 def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Figure:
-    """Four quantities over the epochs; several runs are called by the settings that differ.
-
-    runs: config and metrics by the name that a run has if no setting differs.
-    """
+    """Four quantities over the epochs; the legend has the settings that differ, or the names."""
     panels = {
         "loss": ("NT-Xent loss", "nats", 1),
         "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
@@ -79,8 +76,8 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
         axis.set(title=title, ylabel=unit)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes[1]:
-        axis.set_xlabel("epoch")
+    axes[1, 0].set_xlabel("epoch")
+    axes[1, 1].set_xlabel("epoch")
     if len(runs) > 1:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 3))
@@ -89,16 +86,14 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
 
 def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8) -> Figure:
     """`rows` images, from all over the set, each with `columns` of its random views."""
-    rng = torch.Generator().manual_seed(cfg.seed)
+    rng, size = torch.Generator().manual_seed(cfg.seed), cfg.image_size
     chosen = images[torch.randperm(len(images), generator=rng)[:rows]].cpu()
     views = random_views(
-        chosen.repeat(columns, 1, 1, 1), draw(columns * len(chosen), rng), cfg.image_size,
+        chosen.repeat_interleave(columns, 0), draw(columns * len(chosen), rng), size,
         tuple(cfg.crop_scale), cfg.flip_probability, cfg.color_strength,
         cfg.grayscale_probability,
-    ).unflatten(0, (columns, len(chosen)))  # fmt: skip
-    grid = [
-        [resize(image[None], cfg.image_size)[0], *views[:, i]] for i, image in enumerate(chosen)
-    ]
+    ).unflatten(0, (len(chosen), columns))  # fmt: skip
+    grid = [[image, *own] for image, own in zip(resize(chosen, size), views, strict=True)]
     return image_grid("An image and random views of it: any two make a positive pair", grid)[0]
 
 

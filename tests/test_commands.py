@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
+from PIL import Image
 
 TOY = ["dataset=digits", "image_size=8", "batch_size=256", "device=cpu"]
 
@@ -63,6 +64,16 @@ def test_pretraining_and_linear_evaluation_by_name(tmp_path):
     for text in (done.stdout, (run / "simclr_lin.log").read_text()):
         assert all(number in text for number in said), text
     assert (run / "results.md").is_file()
+
+    (tmp_path / "images").mkdir()
+    Image.new("L", (20, 30)).save(tmp_path / "images" / "black.png")
+    succeed(tmp_path, *lin, "finetune_epochs=1", "predict=images")
+    head, line = (run / "predictions.csv").read_text().splitlines()
+    assert head == "file,class,probability" and line.startswith("images/black.png,")
+    assert "predict=nowhere: there is no such" in refuse(tmp_path, 1, *lin, "predict=nowhere")
+    done = succeed(tmp_path, "plot.py", str(run.relative_to(tmp_path)))
+    names = {path.stem for path in run.glob("*.png")}
+    assert names == {"views", "curves", "embedding", "neighbours", "confusion"}, done.stdout
 
     succeed(tmp_path, *lin, "finetune_epochs=1", "load_epoch=1")
     assert json.loads((run / "results.json").read_text())["epoch"] == 1
