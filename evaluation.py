@@ -141,9 +141,9 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
     A tie goes to the smallest class, as in scikit-learn's kNN.
     """
-    return (scores.argmax(dim=1) == labels).float().mean().item()
+    return (scores.argmax(dim=1) == labels).sum().item() / len(labels)
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
     """Share in [0, 1] of rows of scores (N, C) with the label (N,) among the k largest."""
-    return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()
+    return (scores.topk(k, dim=1).indices == labels[:, None]).sum().item() / len(labels)
