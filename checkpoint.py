@@ -6,6 +6,7 @@ h = enc(images)  # (N, 3, 32, 32) in [0, 1] -> (N, feature_dim)
 """
 
 import hashlib
+import io
 import pickle
 import re
 import zipfile
@@ -16,14 +17,19 @@ import torch
 from torch import nn
 
 from errors import UserError
-from files import replacing
+from files import write_file
 from models import SimCLR
 
 # What of the config has to be known to build the network, and to feed it.
 ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image_size")
 
+FORMAT = 1  # of checkpoints; a file without a number has this one
+
 # What the zip reader and the restricted unpickler raise on bytes that torch.save did not write.
-UNREADABLE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError)
+UNREADABLE = (
+    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError,
+    LookupError,
+)  # fmt: skip
 
 
 def checkpoint_name(backbone: str, epoch: int) -> str:
@@ -34,35 +40,63 @@ def checkpoint_name(backbone: str, epoch: int) -> str:
 def save_checkpoint(path: Path, model: nn.Module, config: dict[str, Any], epoch: int) -> None:
     """Write {"model": state dict, "config": plain dict, "epoch": int}, whole or not at all.
 
-    The weights are written as CPU tensors, to be read where there is no GPU.
+    The weights are written as CPU tensors, to be read where there is no GPU. Raises UserError
+    where that is not possible.
     """
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    with replacing(path) as temporary:
-        torch.save({"model": weights, "config": config, "epoch": epoch}, temporary)
+    write_file(path, to_bytes({"model": weights, "config": config, "epoch": epoch}))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def to_bytes(content: dict[str, Any]) -> bytes:
+    """What torch.save makes of plain data: a zip archive with a CRC-32 of each tensor."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def load_checkpoint(path: Path, parts: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
 
-    Raises UserError if there is no such file or it is not one of ours.
+    parts: the keys that it must have, and their types; None: those of a file of weights. Raises
+    UserError if there is no such file, its checksums are wrong, or it is not one of ours.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: there is {_listing(path.parent)}")
     try:
-        if not zipfile.is_zipfile(path):  # torch would read it as a bare pickle
-            raise ValueError("not a zip archive")
+        _compare_checksums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is no checkpoint: it holds other things than plain data") from None
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
-    parts = {"model": dict, "config": dict, "epoch": int}
-    for key, kind in parts.items():
+    for key, kind in (parts or {"model": dict, "config": dict, "epoch": int}).items():
         if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
             raise UserError(f"{path} was not written by simclr.py: it has no {key}")
+    if saved.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{path} has format {saved['format']}, this version reads {FORMAT}: use the version "
+            "of this repository that wrote it"
+        )
     for key in ARCHITECTURE:
         if saved["config"].get(key) is None:
             raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
     return saved
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a file that torch.save wrote, with all its checksums right."""
+    try:
+        _compare_checksums(path)
+    except UNREADABLE:
+        return False
+    return True
+
+
+def _compare_checksums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:  # torch.load reads the CRC-32s, but compares none
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def sha256(path: Path) -> str:

@@ -143,6 +143,8 @@ RULES: dict[str, Rule] = {
     "epochs": _integer(1),
     "log_interval": _integer(1),
     "knn_interval": _integer(0),
+    "save_minutes": _number(0),
+    "resume": _true_or_false(),
     "temperature": _number(0, above=True),
     "optimizer": _one_of(OPTIMIZERS),
     "learning_rate": RATE,
@@ -162,6 +164,13 @@ RULES: dict[str, Rule] = {
     "predict": _either(NULL, _text()),
 }
 OF_EVALUATION = tuple(RULES)[tuple(RULES).index("checkpoint") :]  # what simclr.py does not read
+
+# What a run may go on with another value of: where and how it is computed, not what. Of the images
+# of data_dir a checksum is compared, of precision what `auto` stands for.
+MAY_CHANGE = (
+    "data_dir", "workers", "device", "compile", "activation_checkpointing", "log_interval",
+    "knn_interval", "save_minutes", "resume", *OF_EVALUATION,
+)  # fmt: skip
 
 
 class CheckConfig(Callback):
@@ -209,6 +218,20 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
             "which names one file already: give one of the two"
         )
     return cfg
+
+
+def check_unchanged(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError if `new` differs from `old`, the config of the state in `path`, in a key
+    that is not among MAY_CHANGE: what went on would not be the same run."""
+    keys = [key for key in {**new, **old} if key not in MAY_CHANGE]
+    absent = "absent"
+    changed = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
+    if changed:
+        pairs = (f"{key}={new.get(key, absent)} (was {old.get(key, absent)})" for key in changed)
+        raise ConfigError(
+            f"{', '.join(pairs)}: must be as in {path} to go on from there; resume=false starts "
+            "over and moves its files aside, hydra.run.dir=PATH starts in another folder"
+        )
 
 
 def _checked(cfg: DictConfig, key: str) -> Any:

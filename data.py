@@ -4,7 +4,8 @@ The whole split is decoded once and then lives on the training device (CIFAR-10:
 no image passes through PIL or a loader process during training.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import tarfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.utils import check_integrity
 
-from errors import UserError
+from errors import ConfigError, UserError
+from folder import class_folders, load_images
 
 DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
+UNFETCHED = (OSError, HTTPException, RuntimeError, EOFError, tarfile.TarError)  # by torchvision
 DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 
 
@@ -97,6 +99,35 @@ def hold_out(labels: Tensor, share: float, seed: int, remedy: str) -> tuple[Tens
     return rest.nonzero()[:, 0], part
 
 
+def load_held_out(
+    dataset: str, data_dir: str, image_size: int, split: Split
+) -> tuple[Split, Tensor, Tensor]:
+    """For kNN during pretraining: labelled training images, and indices of bank and queries.
+
+    split: what pretraining sees; STL-10's has no labels, and its training images are loaded. The
+    queries are the same stratified tenth in every run, held out of the bank alone.
+    """
+    if split.labels.min() < 0:
+        split = load_split(dataset, data_dir, "train", image_size).to(split.images.device)
+    return split, *hold_out(split.labels, 0.1, seed=0, remedy="knn_interval=0 leaves kNN out")
+
+
+def check_batch_size(batch_size: int, images: int) -> None:
+    """Raise UserError if there are not two images, ConfigError if they do not make one batch."""
+    if images < 2:
+        raise UserError(f"there is {images} training image: a batch takes two or more, add some")
+    if batch_size > images:
+        raise ConfigError(
+            f"batch_size={batch_size}: must be an integer from 2 to {images}, the number of "
+            "training images"
+        )
+
+
+def fingerprint(images: Tensor) -> str:
+    """Shape and SHA-256 of uint8 images on the CPU; takes a second for 1 GB."""
+    return f"{(*images.shape,)} {hashlib.sha256(images.contiguous().numpy()).hexdigest()}"
+
+
 def _digits(split: str) -> Split:
     """scikit-learn's 1,797 digits of 8×8 pixels; a fixed fifth of each class is the test set."""
     digits = load_digits()
@@ -113,6 +144,8 @@ def _digits(split: str) -> Split:
 def _download(dataset: str, data_dir: str, split: str) -> Split:
     """CIFAR or STL-10, downloaded, verified by checksum and unpacked by torchvision."""
     source = DOWNLOADS[dataset]
+    if hasattr(tarfile, "data_filter"):  # PEP 706: no member, no link leads out of data_dir
+        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     archive = Path(data_dir).expanduser() / source.filename
     if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
         raise UserError(
@@ -127,7 +160,7 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
         else:
             part = source(data_dir, train=split != "test", download=True)
             images, labels = part.data.transpose(0, 3, 1, 2), part.targets
-    except (OSError, HTTPException, RuntimeError, EOFError) as error:  # URLError is an OSError
+    except UNFETCHED as error:
         raise UserError(
             f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
             "yourself; dataset=digits needs no download"
@@ -138,65 +171,17 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
 
 def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
     """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name."""
-    root = data_dir.expanduser() / ("test" if split == "test" else "train")
-    classes = _classes(root)
-    if split == "test" and classes != (expected := _classes(root.with_name("train"))):
+    data_dir = data_dir.expanduser()
+    root = data_dir / ("test" if split == "test" else "train")
+    classes = class_folders(root, data_dir)
+    if split == "test" and classes != (expected := class_folders(data_dir / "train", data_dir)):
         raise UserError(
             f"{root} must have the classes of {root.with_name('train')}: "
             f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
         )
     images, labels = [], []
     for label, name in enumerate(classes):
-        files, found = load_images(root / name, image_size, workers)
+        files, found = load_images(root / name, image_size, workers, within=data_dir)
         images.append(found)
         labels += [label] * len(files)
     return Split(torch.cat(images), torch.tensor(labels), classes)
-
-
-def load_images(folder: Path, image_size: int, workers: int) -> tuple[list[Path], Tensor]:
-    """All images below a folder: their paths, sorted, and (N, 3, image_size, image_size), uint8.
-
-    Raises UserError if there is none, or for a file that is not an image.
-    """
-    files = sorted(path for path in folder.rglob("*") if _is_visible_file(path, folder))
-    if not files:
-        raise UserError(f"{folder} has no image: add some, or leave the folder out")
-    with ThreadPoolExecutor(workers) as pool:
-        images = list(pool.map(lambda path: _decode(path, image_size), files))
-    return files, torch.from_numpy(np.stack(images))
-
-
-def _classes(root: Path) -> list[str]:
-    try:
-        folders = (path for path in root.iterdir() if path.is_dir())
-        classes = sorted(path.name for path in folders if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(
-            f"{root} cannot be read ({error.strerror}): dataset=folder needs images in "
-            "data_dir/train/<class>/ and data_dir/test/<class>/"
-        ) from None
-    if not classes:
-        raise UserError(f"{root} has no folder in it: each class needs one, {root}/<class>/*.png")
-    return classes
-
-
-def _is_visible_file(path: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-    return path.is_file() and not hidden
-
-
-def _decode(path: Path, size: int) -> np.ndarray:
-    """An image file of any size and mode as uint8 (3, size, size).
-
-    The shorter side is brought to `size` and the middle is cut out, so that nothing is distorted;
-    an RGB image of that size already is left as it is, to the bit.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except Exception as error:  # each of Pillow's decoders raises what it likes
-        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from None
-    return np.asarray(image).transpose(2, 0, 1)

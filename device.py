@@ -7,12 +7,14 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from errors import ConfigError
+from errors import ConfigError, UserError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +63,11 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a format in PRECISIONS."""
+    return next(name for name, found in PRECISIONS.items() if found == dtype)
+
+
 def select_compile(
     choice: bool | str, device: torch.device, views: float, activation_checkpointing: bool
 ) -> bool:
@@ -105,3 +112,75 @@ def _missing_for_compile(device: torch.device) -> str | None:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Convolutions and matrix products in `dtype`, the weights stay float32 (mixed precision)."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def read_late(steps: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, float]]:
+    """The scalars that each step returns, as numbers, read once the next step has been started.
+
+    The CPU is then one step ahead of the GPU, which so never waits for it, and yet what goes wrong
+    in a step is known one step later.
+    """
+    waiting = None
+    for found in steps:
+        copied = _start_copy(found)
+        if waiting is not None:
+            yield waiting()
+        waiting = copied
+    if waiting is not None:
+        yield waiting()
+
+
+def _start_copy(found: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
+    """Copy scalars to the CPU without waiting for them; what is returned waits."""
+    values = torch.stack(list(found.values()))
+    done = torch.cuda.Event() if values.is_cuda else None
+    copy = values.to("cpu", non_blocking=values.is_cuda)
+    if done is not None:
+        done.record()
+
+    def read() -> dict[str, float]:
+        if done is not None:
+            done.synchronize()
+        return dict(zip(found, copy.tolist(), strict=True))
+
+    return read
+
+
+def out_of_memory(
+    step: Callable[[int], object],
+    device: torch.device,
+    batch_size: int,
+    activation_checkpointing: bool,
+) -> UserError:
+    """What to do when a GPU is too small; step(n) makes a training step with n images."""
+    fits = largest_batch(step, device)
+    less = "" if activation_checkpointing else ", or activation_checkpointing=true"
+    return UserError(
+        f"out of memory on {torch.cuda.get_device_name(device)} with batch_size={batch_size}: "
+        f"batch_size={fits} would fit by estimate{less}"
+        if fits >= 2
+        else f"out of memory on {torch.cuda.get_device_name(device)}, with any batch_size{less}"
+    )
+
+
+def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
+    """An estimate of how many images fit into a GPU's memory, from two small steps; 0: none do.
+
+    Memory grows with the images in a straight line, but for the loss, whose 32·n² bytes matter
+    from some thousand on. A tenth is left for fragmentation.
+    """
+    peaks = []
+    try:
+        for n in (8, 16):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            with torch.compiler.set_stance("force_eager"):  # nothing is compiled for these sizes
+                step(n)
+            peaks.append(torch.cuda.max_memory_allocated(device))
+    except torch.OutOfMemoryError:
+        return 0
+    each = max(1.0, (peaks[1] - peaks[0]) / 8)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    room = 0.9 * (free + torch.cuda.memory_reserved(device))
+    return max(0, int((room - (peaks[0] - 8 * each)) / each))

@@ -1,7 +1,7 @@
 """What is read off a frozen encoder: its features, kNN (Wu et al. 2018), accuracies."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -53,11 +53,25 @@ def extract_features(enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dty
 
 
 def clean_features(
-    enc: nn.Module, images: Tensor, size: int, batch_size: int, dtype: torch.dtype
+    enc: nn.Module,
+    images: Tensor,
+    size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Features (N, D) of the images as they are; images: (N, 3, H, W), uint8."""
-    parts = tqdm(images.split(batch_size), "features", leave=False, mininterval=1, unit="batch")
-    return extract_features(enc, (resize(x, size) for x in parts), dtype)
+    """Features (N, D) of the images as they are; images: (N, 3, H, W), uint8.
+
+    `check` is called before each batch, and may raise.
+    """
+
+    def batches() -> Iterator[Tensor]:
+        parts = images.split(batch_size)
+        for x in tqdm(parts, "features", leave=False, mininterval=1, unit="batch"):
+            check()
+            yield resize(x, size)
+
+    return extract_features(enc, batches(), dtype)
 
 
 def crop_features(
@@ -124,13 +138,15 @@ def held_out_knn(
     size: int,
     batch_size: int,
     dtype: torch.dtype,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
     """kNN accuracy during pretraining: both bank and queries (indices) are training images.
 
     In eval mode, and afterwards back in the mode it was in; costs one forward pass an image.
+    `check` is called before each batch, and may raise.
     """
     was_training = enc.training
-    h = clean_features(enc.eval(), split.images, size, batch_size, dtype)
+    h = clean_features(enc.eval(), split.images, size, batch_size, dtype, check)
     enc.train(was_training)
     scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
     return accuracy(scores, split.labels[queries])

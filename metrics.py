@@ -8,7 +8,6 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from errors import UserError
 
@@ -36,25 +35,44 @@ def uniformity(z: Tensor) -> Tensor:
     return (potential.sum() / (len(z) * (len(z) - 1))).log()
 
 
-def epoch_means(names: list[str], steps: list[list[float]]) -> dict[str, float | None]:
-    """Means over an epoch of what each step found, in the order of the names.
+def spread(z: Tensor) -> Tensor:
+    """Standard deviation of normalised embeddings, the mean over dimensions; z: (N, d), N >= 2.
+
+    1/√d where they are spread evenly, 0 where all are the same (Chen & He 2021, SimSiam, Fig. 2).
+    A detached float32 scalar.
+    """
+    return F.normalize(z.detach().float(), dim=1).std(dim=0).mean()
+
+
+def collapsed(line: dict[str, float | None], batch_size: int, projection_dim: int) -> bool:
+    """Whether all images of an epoch had the same embedding, as far as its means can tell.
+
+    That is: a tenth of the spread there could be, and a partner found as often as by chance, once
+    in 2N-1 views, or twice at most.
+    """
+    chance = 1 / (2 * batch_size - 1)
+    return (
+        line["z_std"] < 0.1 / math.sqrt(projection_dim)
+        and line["contrastive_accuracy"] <= 2 * chance
+    )
+
+
+def is_finite(values: dict[str, float], scaled: bool) -> bool:
+    """Whether a training step left usable weights: loss and gradient are finite.
+
+    With a gradient scaler (`scaled`) the gradient may overflow: that step has been left out.
+    """
+    return math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"]))
+
+
+def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
+    """Means over an epoch of what each step found.
 
     A gradient that overflowed in float16 is left out, as the optimizer does: None if all did.
     """
-    columns = dict(zip(names, zip(*steps, strict=True), strict=True))
-    finite = [norm for norm in columns.pop("gradient_norm") if math.isfinite(norm)]
-    means: dict[str, float | None] = {name: fmean(column) for name, column in columns.items()}
+    means: dict[str, float | None] = {name: fmean(s[name] for s in steps) for name in steps[0]}
+    finite = [s["gradient_norm"] for s in steps if math.isfinite(s["gradient_norm"])]
     return {**means, "gradient_norm": fmean(finite) if finite else None}
-
-
-def write_metrics(out_dir: Path, writer: SummaryWriter, metrics: dict[str, float | None]) -> None:
-    """Append an epoch to `out_dir`/metrics.jsonl, and to TensorBoard with the epoch as its step."""
-    with open(out_dir / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    for name, value in metrics.items():
-        if name != "epoch" and value is not None:
-            writer.add_scalar(name, value, metrics["epoch"])
-    writer.flush()
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:

@@ -14,6 +14,7 @@ Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts.
 """
 
 import argparse
+import io
 import json
 from collections.abc import Iterator
 from itertools import chain
@@ -40,7 +41,7 @@ from data import Split, draw_stratified, load_split, resize
 from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
 from evaluation import clean_features
-from files import replacing
+from files import write_file
 from metrics import read_metrics
 
 matplotlib.use("Agg")
@@ -240,8 +241,9 @@ def main() -> None:
         for name, figure in pictures(runs, overrides):
             out.mkdir(parents=True, exist_ok=True)
             for suffix in ("png", "svg"):
-                with replacing(out / f"{name}.{suffix}") as temporary:
-                    figure.savefig(temporary, format=suffix, dpi=130)
+                picture = io.BytesIO()
+                figure.savefig(picture, format=suffix, dpi=130)
+                write_file(out / f"{name}.{suffix}", picture.getvalue())
             pyplot.close(figure)
             print(out / f"{name}.png")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation import accuracy, top_k_accuracy
-from files import replacing
+from files import write_file
 from protocols import Found
 
 
@@ -113,5 +113,4 @@ def write_results(out_dir: Path, results: dict[str, Any]) -> None:
         (".json", json.dumps(results, indent=2) + "\n"),
         (".md", text + table(results["protocols"], settings=True) + "\n"),
     ):
-        with replacing(out_dir / (name + suffix)) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_file(out_dir / (name + suffix), content.encode())

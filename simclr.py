@@ -6,34 +6,44 @@
 
 Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run folder
 (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch, the same
-for TensorBoard, and simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py.
+for TensorBoard, simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py, and the state from
+which the same command goes on after it was stopped.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from augment import draw, random_views
-from checkpoint import checkpoint_name, save_checkpoint
-from config import check_config, register_config, run_folder
-from data import hold_out, load_split
-from device import autocast, check_compile, select_compile, select_device, select_precision
-from errors import ConfigError, UserError, one_line_errors
+from config import check_config, check_unchanged, register_config, run_folder
+from data import Split, check_batch_size, fingerprint, load_held_out, load_split
+from device import (
+    autocast,
+    check_compile,
+    out_of_memory,
+    precision_name,
+    read_late,
+    select_compile,
+    select_device,
+    select_precision,
+)
+from errors import NotFinite, Stopped, StopSignals, one_line_errors
 from evaluation import held_out_knn
-from metrics import alignment, epoch_means, uniformity, write_metrics
+from files import locked
+from metrics import alignment, epoch_means, is_finite, spread, uniformity
 from models import SimCLR, nt_xent
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
+from record import Record
+from state import Training, load_state
 
 log = logging.getLogger("simclr")
 
@@ -66,43 +76,22 @@ def train_step(
         "contrastive_accuracy": accuracy,
         "alignment": alignment(z1, z2),
         "uniformity": uniformity(z1),
+        "z_std": spread(z1),
         "gradient_norm": gradient_norm,
     }
-
-
-class Training(NamedTuple):
-    """What a run carries from step to step."""
-
-    model: SimCLR
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
-    rng: torch.Generator  # order of the images, and views
-    dtype: torch.dtype  # what the model computes in
-    make_views: Callable[..., Tensor]  # random_views, compiled or not
-    compiled: bool
 
 
 def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
     """A run of `steps` steps before its first; everything random in it follows from cfg.seed."""
     torch.backends.cudnn.benchmark = True  # shapes are static: try cuDNN's algorithms once
     torch.manual_seed(cfg.seed)  # initial weights
-    model = SimCLR(
-        cfg.backbone,
-        cfg.projection_dim,
-        cfg.hidden_dim,
-        cfg.cifar_stem,
-        cfg.activation_checkpointing,
-    )
+    widths = cfg.projection_dim, cfg.hidden_dim
+    model = SimCLR(cfg.backbone, *widths, cfg.cifar_stem, cfg.activation_checkpointing)
     model = model.to(device, memory_format=torch.channels_last).train()
     dtype = select_precision(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    optimizer = make_optimizer(
-        cfg.optimizer,
-        model.parameters(),
-        cfg.momentum,
-        cfg.weight_decay,
-        fused=not scaler.is_enabled(),
-    )
+    weights, fused = model.parameters(), not scaler.is_enabled()
+    optimizer = make_optimizer(cfg.optimizer, weights, cfg.momentum, cfg.weight_decay, fused)
     rng = torch.Generator(device).manual_seed(cfg.seed)
     make_views = random_views
     sizes = cfg.view_sizes or [[cfg.image_size, 1.0]]
@@ -114,121 +103,152 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     return Training(model, optimizer, scaler, rng, dtype, make_views, compiled)
 
 
-def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
-    """Train an encoder with the checked config `cfg`; returns the metrics of the last epoch.
-
-    Raises ConfigError if the batch is larger than the training set or compile=true is not
-    possible, UserError if the data cannot be had or `out_dir` holds a run already.
-    """
-    device = select_device(cfg.device)
-    check_compile(cfg.compile, device, cfg.activation_checkpointing)
-    refuse_used_folder(out_dir)
-    split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
-    if cfg.batch_size > len(split.images):
-        raise ConfigError(
-            f"batch_size={cfg.batch_size}: must be an integer from 2 to {len(split.images)}, "
-            "the number of training images"
-        )
-    split = labelled = split.to(device)  # M×3×H×W, uint8: the whole training set
-    if cfg.knn_interval:
-        if split.labels.min() < 0:  # STL-10's are unlabelled
-            labelled = load_split(cfg.dataset, cfg.data_dir, "train", cfg.image_size).to(device)
-        # the same tenth in every run; it is held out of kNN's bank, not of pretraining
-        remedy = "knn_interval=0 leaves kNN out"
-        bank, queries = hold_out(labelled.labels, 0.1, seed=0, remedy=remedy)
-    steps = len(split.images) // cfg.batch_size  # an epoch; its last, smaller batch is left out
-    training = start_training(cfg, device, cfg.epochs * steps)
-
-    OmegaConf.save(cfg, out_dir / "config.yaml")
-    precision = str(training.dtype).removeprefix("torch.")
-    log.info(
-        f"{len(split.images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
-        f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
-    )
-    with (
-        tqdm(total=cfg.epochs * steps, unit="step", mininterval=1) as bar,
-        SummaryWriter(out_dir) as writer,
-    ):
-        for epoch in range(1, cfg.epochs + 1):
-            metrics = train_epoch(cfg, epoch, training, split.images, bar)
-            if not math.isfinite(metrics["loss"]):
-                raise UserError(
-                    f"the loss is {metrics['loss']} in epoch {epoch}, which is not saved: "
-                    f"lower learning_rate ({cfg.learning_rate:g}) or raise temperature"
-                )
-            last = epoch == cfg.epochs
-            if cfg.knn_interval and (epoch % cfg.knn_interval == 0 or last):
-                shape = cfg.image_size, 2 * cfg.batch_size, training.dtype
-                metrics["knn_acc"] = held_out_knn(
-                    training.model.enc, labelled, bank, queries, *shape
-                )
-                bar.set_description(f"kNN {metrics['knn_acc']:.1%}")
-            write_metrics(out_dir, writer, metrics)
-            if epoch % cfg.log_interval == 0 or last:
-                path = out_dir / checkpoint_name(cfg.backbone, epoch)
-                save_checkpoint(path, training.model, OmegaConf.to_container(cfg), epoch)
-    knn = f", kNN {metrics['knn_acc']:.1%} (training images)" if cfg.knn_interval else ""
-    log.info(
-        f"epoch {epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
-        f"{metrics['contrastive_accuracy']:.1%}{knn}; saved {path}"
-    )
-    return metrics
-
-
-def train_epoch(
-    cfg: DictConfig, epoch: int, training: Training, images: Tensor, bar: tqdm
-) -> dict[str, float | None]:
-    """One pass over the images in a new random order; returns a line of metrics.jsonl."""
-    start = time.perf_counter()
-    model, optimizer, scaler, rng = training[:4]
+def train_steps(
+    cfg: DictConfig, training: Training, images: Tensor, stop: StopSignals
+) -> Iterator[dict[str, Tensor]]:
+    """The steps that are left of the epoch in flight, up to a signal; yields what they return."""
     n, steps = cfg.batch_size, len(images) // cfg.batch_size
-    total_steps = cfg.epochs * steps
-    order = torch.randperm(len(images), device=images.device, generator=rng)
-    values = []  # of each step, left on the device: no sync a step
-    for i in range(steps):
-        step = (epoch - 1) * steps + i
-        size = view_size(step, total_steps, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
-        batch = images[order[i * n : (i + 1) * n]]  # N×3×H×W
+    for i in range(len(training.found), steps):
+        if stop.received is not None:
+            return
+        learning_rate, size = schedule(cfg, training.epoch * steps + i, cfg.epochs * steps)
+        batch = images[training.order[i * n : (i + 1) * n]]  # N×3×H×W
         views = training.make_views(
             batch.repeat(2, 1, 1, 1),  # 2N×3×H×W, each row with parameters of its own
-            draw(2 * n, rng),
+            draw(2 * n, training.rng),
             size,
             tuple(cfg.crop_scale),
             cfg.flip_probability,
             cfg.color_strength,
             cfg.grayscale_probability,
         )
-        learning_rate = cosine_learning_rate(
-            step, total_steps, cfg.learning_rate, cfg.min_learning_rate
-        )
-        set_learning_rate(optimizer, learning_rate)
-        found = train_step(model, optimizer, scaler, views, cfg.temperature, training.dtype)
-        values.append(torch.stack(list(found.values())))
-        if bar.update():  # true about once a second, when the bar is drawn: a sync then
-            loss, accuracy = values[-1][:2].tolist()
-            progress = f"epoch {epoch}, loss {loss:.3f}, contrastive {accuracy:.1%}"
+        set_learning_rate(training.optimizer, learning_rate)
+        model, optimizer, scaler = training.model, training.optimizer, training.scaler
+        yield train_step(model, optimizer, scaler, views, cfg.temperature, training.dtype)
+
+
+def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
+    """Learning rate, and size of the views in pixels: functions of the step alone."""
+    rate = cosine_learning_rate(step, total_steps, cfg.learning_rate, cfg.min_learning_rate)
+    size = view_size(step, total_steps, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
+    return rate, size
+
+
+def train_epoch(
+    cfg: DictConfig, training: Training, images: Tensor, bar: tqdm, stop: StopSignals
+) -> dict[str, float | None]:
+    """One pass over the images in a new random order, or the rest of one that was interrupted.
+
+    Returns a line of metrics.jsonl. Raises NotFinite; or Stopped, after a signal.
+    """
+    epoch, steps = training.epoch + 1, len(images) // cfg.batch_size
+    if training.order is None:
+        training.order = torch.randperm(len(images), device=images.device, generator=training.rng)
+    start = time.perf_counter()
+    for values in read_late(train_steps(cfg, training, images, stop)):
+        if not is_finite(values, training.scaler.is_enabled()):
+            raise NotFinite(values)
+        training.found.append(values)
+        if bar.update():  # true about once a second, when the bar is drawn
+            accuracy = values["contrastive_accuracy"]
+            progress = f"epoch {epoch}, loss {values['loss']:.3f}, contrastive {accuracy:.1%}"
             bar.set_postfix_str(progress, refresh=False)
-    means = epoch_means(list(found), torch.stack(values).tolist())
-    seconds = time.perf_counter() - start
+    training.seconds += time.perf_counter() - start
+    stop.check()
+    learning_rate, size = schedule(cfg, epoch * steps - 1, cfg.epochs * steps)
     return {
         "epoch": epoch,
         "step": epoch * steps,
-        **means,
+        **epoch_means(training.found),
         "knn_acc": None,
         "learning_rate": learning_rate,  # of the epoch's last step
         "view_size": size,  # the same
-        "views_per_second": 2 * n * steps / seconds,
-        "seconds": seconds,
+        "views_per_second": 2 * cfg.batch_size * steps / training.seconds,
+        "seconds": training.seconds,
     }
 
 
-def refuse_used_folder(out_dir: Path) -> None:
-    """Raise UserError if `out_dir` holds a run: nothing is written over one."""
-    if (out_dir / "metrics.jsonl").exists() or any(out_dir.glob("simclr_*.pt")):
-        raise UserError(
-            f"{out_dir} holds a run already: move it away, or choose another folder with "
-            "hydra.run.dir=PATH"
-        )
+def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
+    """Train an encoder with the checked config `cfg`, or go on where `out_dir` has its state.
+
+    Returns the metrics of the last epoch. Raises ConfigError if the batch is larger than the
+    training set, compile=true is not possible, or the state is one of another config; UserError
+    if the data or the state cannot be used, another process trains in `out_dir`, the loss is not
+    finite, or the last state is not on disk in the end; Stopped after a signal, the state saved.
+    """
+    device = select_device(cfg.device)
+    check_compile(cfg.compile, device, cfg.activation_checkpointing)
+    precision = precision_name(select_precision(cfg.precision, device))
+    config = {**OmegaConf.to_container(cfg), "precision": precision}
+    with locked(out_dir, "simclr"), StopSignals() as stop:
+        found = load_state(out_dir) if cfg.resume else None
+        if found is not None:
+            check_unchanged(found.content["config"], config, found.path)
+        split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
+        check_batch_size(cfg.batch_size, len(split.images))
+        digest, split = fingerprint(split.images), split.to(device)
+        knn = None
+        if cfg.knn_interval:
+            knn = load_held_out(cfg.dataset, cfg.data_dir, cfg.image_size, split)
+        training = start_training(cfg, device, cfg.epochs * (len(split.images) // cfg.batch_size))
+        record = Record(out_dir, config, digest, cfg.log_interval, cfg.save_minutes)
+        with closing(record):
+            record.begin(training, found, start_over=not cfg.resume)
+            log.info(
+                f"{len(split.images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
+                f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
+            )
+            train(cfg, training, split.images, knn, record, stop)
+    metrics = training.history[-1]
+    knn_acc = metrics["knn_acc"]
+    log.info(
+        f"epoch {training.epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
+        f"{metrics['contrastive_accuracy']:.1%}"
+        f"{'' if knn_acc is None else f', kNN {knn_acc:.1%} (training images)'}"
+        f"; saved {record.weights(training.epoch)}"
+    )
+    return metrics
+
+
+def train(
+    cfg: DictConfig,
+    training: Training,
+    images: Tensor,
+    knn: tuple[Split, Tensor, Tensor] | None,
+    record: Record,
+    stop: StopSignals,
+) -> None:
+    """The epochs that are left, each recorded. Raises as `pretrain`."""
+    steps = len(images) // cfg.batch_size
+    done = training.epoch * steps + len(training.found)
+    try:
+        with tqdm(total=cfg.epochs * steps, initial=done, unit="step", mininterval=1) as bar:
+            while training.epoch < cfg.epochs:
+                line = train_epoch(cfg, training, images, bar, stop)
+                last = line["epoch"] == cfg.epochs
+                if knn is not None and (line["epoch"] % cfg.knn_interval == 0 or last):
+                    shape = cfg.image_size, 2 * cfg.batch_size, training.dtype
+                    line["knn_acc"] = held_out_knn(training.model.enc, *knn, *shape, stop.check)
+                    bar.set_description(f"kNN {line['knn_acc']:.1%}")
+                training.end_epoch(line)
+                record.end_epoch(training)
+        return
+    except Stopped as stopped:
+        raise record.stopped(training, stopped.number, steps) from None
+    except NotFinite as error:
+        step = training.epoch * steps + len(training.found)
+        rate, _ = schedule(cfg, step, cfg.epochs * steps)
+        raise record.failed(training, error.values, step, rate) from None
+    except torch.OutOfMemoryError:
+        pass  # its traceback, which holds the tensors of the step, ends here
+
+    def step_of(n: int) -> None:
+        size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1]])
+        views = torch.rand(2 * n, 3, size, size, device=images.device)
+        model, optimizer, scaler = training.model, training.optimizer, training.scaler
+        train_step(model, optimizer, scaler, views, cfg.temperature, training.dtype)
+
+    raise out_of_memory(step_of, images.device, cfg.batch_size, cfg.activation_checkpointing)
 
 
 register_config()

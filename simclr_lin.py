@@ -12,6 +12,7 @@ the terminal, to simclr_lin.log, results.json and results.md.
 """
 
 import csv
+import io
 import logging
 from collections import defaultdict
 from itertools import product
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from checkpoint import ARCHITECTURE, build_model, find_checkpoint, load_checkpoint, sha256
 from config import check_config, register_config, run_folder
-from data import Split, draw_stratified, load_images, load_split
+from data import Split, draw_stratified, load_split
 from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
-from files import replacing
+from files import locked, write_file
+from folder import load_images
 from protocols import Task, run_protocols
 from results import per_class, score, summarise, table, write_results
 
@@ -108,15 +110,12 @@ def predict(
     task = make_task(cfg, saved, checkpoint, "checkpoint", train, images.to(device), cfg.seed)
     [(_, found, _)] = run_protocols(["linear"], task)
     probability, label = found.scores.softmax(dim=1).max(dim=1)
-    path = out_dir / "predictions.csv"
-    with (
-        replacing(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["file", "class", "probability"])
-        for name, best, p in zip(files, label.tolist(), probability.tolist(), strict=True):
-            writer.writerow([name, train.classes[best], f"{p:.4f}"])
+    path, text = out_dir / "predictions.csv", io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["file", "class", "probability"])
+    for name, best, p in zip(files, label.tolist(), probability.tolist(), strict=True):
+        writer.writerow([name, train.classes[best], f"{p:.4f}"])
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
     return path
 
@@ -211,7 +210,8 @@ def main(cfg: DictConfig) -> None:
             checkpoint = Path(cfg.checkpoint).expanduser()
         else:
             checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
-        (evaluate if cfg.predict is None else predict)(cfg, checkpoint, out_dir, given)
+        with locked(out_dir, "simclr_lin"):
+            (evaluate if cfg.predict is None else predict)(cfg, checkpoint, out_dir, given)
 
 
 if __name__ == "__main__":

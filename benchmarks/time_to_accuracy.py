@@ -31,6 +31,7 @@ from plain import plain_loader, plain_step, plain_transform
 import simclr
 from data import Split, load_split
 from device import select_device, select_precision
+from errors import StopSignals
 from evaluation import accuracy, clean_features, knn_scores
 from models import SimCLR
 from optim import cosine_learning_rate, set_learning_rate
@@ -71,9 +72,10 @@ def our_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
     device = select_device("auto")
     images = images.to(device)
     training = simclr.start_training(cfg, device, cfg.epochs * (len(images) // cfg.batch_size))
-    for epoch in range(1, cfg.epochs + 1):
+    while training.epoch < cfg.epochs:
         training.model.train()
-        simclr.train_epoch(cfg, epoch, training, images, tqdm(disable=True))
+        line = simclr.train_epoch(cfg, training, images, tqdm(disable=True), StopSignals())
+        training.end_epoch(line)
         yield training.model
 
 

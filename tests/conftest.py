@@ -9,10 +9,13 @@ import pytest
 from hydra import compose, initialize
 from omegaconf import DictConfig
 from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import check_config, register_config
+from models import BACKBONES
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -57,3 +60,17 @@ def toy(config, write_images, tmp_path) -> Callable[..., DictConfig]:
         return config("dataset=folder", f"data_dir={data}", *size, *overrides, peak=peak)
 
     return make
+
+
+def thin_resnet(weights: None) -> ResNet:
+    """The first two of ResNet-18's four layers, a block each: 1 MB, for tests that save often."""
+    encoder = ResNet(BasicBlock, [1, 1, 1, 1])
+    encoder.layer3 = encoder.layer4 = nn.Identity()
+    encoder.fc = nn.Linear(128, 1)
+    return encoder
+
+
+@pytest.fixture
+def thin(monkeypatch) -> None:
+    """backbone=resnet18 is thin_resnet."""
+    monkeypatch.setitem(BACKBONES, "resnet18", thin_resnet)

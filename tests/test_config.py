@@ -77,6 +77,8 @@ BAD = [
     ("finetune_epochs", "0", "integer from 1"),
     ("log_interval", "0", "integer from 1"),
     ("knn_interval", "-1", "integer from 0"),
+    ("save_minutes", "-1", "number from 0"),
+    ("resume", "never", "true or false"),
     ("workers", "0", "integer from 1"),
     ("image_size", "4", "integer from 8"),
     ("projection_dim", "0", "integer from 1"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errors import UserError
-from metrics import alignment, epoch_means, read_metrics, uniformity
+from metrics import alignment, collapsed, epoch_means, is_finite, read_metrics, spread, uniformity
 
 
 def test_alignment_and_uniformity_are_wang_and_isolas():
@@ -33,11 +33,34 @@ def test_half_precision_is_computed_in_float32_and_nothing_gets_a_gradient():
 
 
 def test_epoch_means_leave_out_gradients_that_overflowed():
-    values = [[1.0, 2.0], [3.0, math.inf], [5.0, 4.0]]
-    names = ["loss", "gradient_norm"]
-    assert epoch_means(names, values) == {"loss": 3, "gradient_norm": 3}
-    assert epoch_means(names, values[1:2])["gradient_norm"] is None
-    assert math.isnan(epoch_means(names, [[math.nan, 1.0]])["loss"])
+    steps = [
+        {"loss": 1.0, "gradient_norm": 2.0},
+        {"loss": 3.0, "gradient_norm": math.inf},
+        {"loss": 5.0, "gradient_norm": 4.0},
+    ]
+    assert epoch_means(steps) == {"loss": 3, "gradient_norm": 3}
+    assert epoch_means(steps[1:2])["gradient_norm"] is None
+
+
+def test_the_spread_of_z_is_simsiams_and_says_with_the_accuracy_what_has_collapsed():
+    z = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+    assert spread(z).item() == pytest.approx(1 / 4, rel=0.01) and spread(4 * z) == spread(z)
+    assert spread(z[:1].expand(8, 16)).item() == pytest.approx(0, abs=1e-6)
+    chance = 1 / (2 * 64 - 1)
+    for z_std, accuracy, expected in (
+        (0.02, chance, True), (0.02, 3 * chance, False), (0.05, chance, False), (0.25, 0.5, False),
+    ):  # fmt: skip
+        line = {"z_std": z_std, "contrastive_accuracy": accuracy}
+        assert collapsed(line, batch_size=64, projection_dim=16) == expected
+
+
+def test_what_is_finite_depends_on_the_scaler_for_the_gradient_alone():
+    for loss, norm, without, scaled in (
+        (1.0, 1.0, True, True), (1.0, math.inf, False, True), (1.0, math.nan, False, True),
+        (math.nan, 1.0, False, False), (-math.inf, 1.0, False, False),
+    ):  # fmt: skip
+        values = {"loss": loss, "gradient_norm": norm}
+        assert (is_finite(values, False), is_finite(values, True)) == (without, scaled)
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):

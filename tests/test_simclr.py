@@ -12,11 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+import data
 import device
 import evaluation
 import simclr
 from checkpoint import load_checkpoint
-from errors import ConfigError, UserError
+from device import precision_name, select_precision
+from errors import ConfigError, StopSignals, UserError
 from metrics import alignment, uniformity
 from models import SimCLR, nt_xent
 
@@ -117,7 +119,7 @@ def test_metrics_have_one_line_an_epoch(run):
     assert [line["step"] for line in lines] == [3, 6, 9]
     for line in lines:
         assert set(line) == {
-            "epoch", "step", "loss", "contrastive_accuracy", "alignment", "uniformity",
+            "epoch", "step", "loss", "contrastive_accuracy", "alignment", "uniformity", "z_std",
             "gradient_norm", "knn_acc", "learning_rate", "view_size", "views_per_second", "seconds",
         }  # fmt: skip
         assert 0 < line["loss"] < 2 * math.log(15) and 0 <= line["contrastive_accuracy"] <= 1
@@ -126,12 +128,13 @@ def test_metrics_have_one_line_an_epoch(run):
 
 def test_checkpoints_every_log_interval_and_at_the_end_as_plain_data(run, toy):
     folder = run("epochs=5", "log_interval=2", "projection_dim=16", "hidden_dim=32")
-    names = [f"simclr_resnet18_epoch{epoch}.pt" for epoch in (2, 4, 5)]
+    names = [f"simclr_resnet18_{name}.pt" for name in ("epoch2", "epoch4", "epoch5", "last")]
+    names.append("simclr_resnet18_previous.pt")
     assert sorted(path.name for path in folder.glob("*.pt*")) == names
-    saved = torch.load(folder / names[-1], weights_only=True)
-    assert saved["epoch"] == 5 and saved["config"] == dict(
-        toy("epochs=5", "log_interval=2", "projection_dim=16", "hidden_dim=32")
-    )
+    saved = torch.load(folder / names[2], weights_only=True)
+    cfg = toy("epochs=5", "log_interval=2", "projection_dim=16", "hidden_dim=32", "precision=fp32")
+    assert set(saved) == {"model", "config", "epoch"} and saved["epoch"] == 5
+    assert {**saved["config"], "precision": "fp32"} == dict(cfg)
     SimCLR("resnet18", 16, 32).load_state_dict(saved["model"], strict=True)
 
 
@@ -229,9 +232,10 @@ def test_the_config_reaches_the_optimizer(run, monkeypatch):
 def test_only_the_pretraining_split_is_read(run, monkeypatch):
     splits = []
     load_split = simclr.load_split
-    monkeypatch.setattr(
-        simclr, "load_split", lambda *args: splits.append(args[2:]) or load_split(*args)
-    )
+    for module in (simclr, data):
+        monkeypatch.setattr(
+            module, "load_split", lambda *args: splits.append(args[2:]) or load_split(*args)
+        )
     run("workers=3")
     assert splits == [("pretrain", 8, 3)]
 
@@ -260,14 +264,15 @@ def test_an_epoch_reads_nothing_back_before_its_end(toy):
     training = simclr.start_training(cfg, torch.device("cpu"), 6)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
     with NoSync():
-        line = simclr.train_epoch(cfg, 1, training, images, tqdm(disable=True))
+        line = simclr.train_epoch(cfg, training, images, tqdm(disable=True), StopSignals())
     assert line["step"] == 3
 
 
 def test_a_step_reports_its_gradient_norm_unscaled_and_the_geometry_of_z(toy):
     for precision in ("fp32", "fp16"):
         cfg = toy(f"precision={precision}", "projection_dim=4", "hidden_dim=8")
-        model, optimizer, scaler, *_ = simclr.start_training(cfg, torch.device("cpu"), 2)
+        training = simclr.start_training(cfg, torch.device("cpu"), 2)
+        model, optimizer, scaler = training.model, training.optimizer, training.scaler
         plain = copy.deepcopy(model)
         views = torch.rand(8, 3, 8, 8)
         found = simclr.train_step(model, optimizer, scaler, views, 0.5, torch.float32)
@@ -324,7 +329,8 @@ def test_unlabelled_images_are_judged_by_the_labelled_training_images(run, monke
         found = load(dataset, data_dir, split, *args)
         return found._replace(labels=found.labels * 0 - 1) if split == "pretrain" else found
 
-    monkeypatch.setattr(simclr, "load_split", unlabelled)
+    for module in (simclr, data):
+        monkeypatch.setattr(module, "load_split", unlabelled)
     monkeypatch.setattr(
         simclr, "held_out_knn", lambda enc, split, *args: seen.append(split.labels.tolist()) or 0.5
     )
@@ -344,26 +350,11 @@ def test_tensorboard_finds_the_same_values(run):
     assert [event.step for event in found.Scalars("knn_acc")] == [2]
 
 
-def test_a_folder_that_holds_a_run_is_left_as_it_is(run, toy):
-    folder = run()
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UserError, match=r"holds a run already.*hydra\.run\.dir"):
-        simclr.pretrain(toy(), folder)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tmp_path, monkeypatch):
-    nan = dict.fromkeys(("loss", "accuracy", "gradient_norm"), torch.tensor(math.nan))
-    monkeypatch.setattr(simclr, "train_step", lambda *args: nan)
-    with pytest.raises(UserError, match=r"loss is nan in epoch 1.*lower learning_rate"):
-        run("log_interval=1")
-    names = {path.name for path in (tmp_path / "run0").iterdir() if "tfevents" not in path.name}
-    assert names == {"config.yaml"}
-
-
 def test_the_resolved_config_is_beside_the_run(run, toy):
-    folder = run("temperature=0.2")
-    assert OmegaConf.load(folder / "config.yaml") == toy("temperature=0.2")
+    """`precision` too is what `auto` stands for."""
+    found = OmegaConf.load(run("temperature=0.2") / "config.yaml")
+    precision = precision_name(select_precision("auto", torch.device("cpu")))
+    assert found == toy("temperature=0.2", f"precision={precision}")
 
 
 def test_views_grow_over_the_run_as_view_sizes_says(run, batches):
@@ -392,7 +383,8 @@ def test_the_model_computes_in_the_precision_and_the_loss_in_float32(run, monkey
 
 def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(toy, monkeypatch):
     cfg = toy("precision=fp16", "projection_dim=4", "hidden_dim=8")
-    model, optimizer, scaler, *_ = simclr.start_training(cfg, torch.device("cpu"), 2)
+    training = simclr.start_training(cfg, torch.device("cpu"), 2)
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
     simclr.set_learning_rate(optimizer, 0.1)
     plain = copy.deepcopy(model)
     before = [weight.detach().clone() for weight in model.parameters()]

@@ -1,0 +1,199 @@
+"""What a run leaves on disk while it goes on: metrics, weights, and the state to go on from."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch.utils.tensorboard import SummaryWriter
+
+from checkpoint import checkpoint_name, save_checkpoint
+from errors import Stopped, UserError
+from files import move_aside, write_file
+from metrics import collapsed
+from state import Found, Training, restore, save_state, versions
+
+log = logging.getLogger("simclr")
+
+COLLAPSED = (
+    "warning: in epoch %d all images have nearly the same embedding. A collapsed encoder stays so: "
+    "lower learning_rate (%g), or wait if this is one of the first epochs"
+)
+
+
+class Record:
+    """The files of a run. A write that fails is said and tried again; the run goes on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        images: str,
+        log_interval: int,
+        save_minutes: float,
+    ) -> None:
+        """config: what is kept with weights and state, plain data; images: their `fingerprint`."""
+        self.folder, self.config, self.images = folder, config, images
+        self.log_interval, self.save_minutes = log_interval, save_minutes
+        self.board = Board(folder)
+        self.saved_at = time.monotonic()
+        self.unwritten: dict[str, str] = {}  # what could not be written the last time, and why
+
+    def begin(self, training: Training, found: Found | None, start_over: bool) -> None:
+        """Put `training` where the state that was found left it, or begin a new record.
+
+        Raises UserError if the state does not fit, or the first one cannot be written.
+        """
+        if found is not None:
+            restore(training, found.path, found.content, self.images)
+            log.info(self._where(training, found))
+        else:
+            if start_over and (aside := move_aside(self.folder)) is not None:
+                log.info(f"moved the files of the run that was here to {aside}")
+            self.write_state(training)
+            self.check()
+        self.board.epoch = training.epoch
+        write_file(self.folder / "config.yaml", OmegaConf.to_yaml(self.config).encode())
+        if training.history:
+            self.write_metrics(training)
+        if self.is_complete(training) and not self.weights(training.epoch).exists():
+            self.write_weights(training)
+
+    def end_epoch(self, training: Training) -> None:
+        """Write what is due after an epoch. Raises UserError if the last is not on disk."""
+        shape = self.config["batch_size"], self.config["projection_dim"]
+        before, now = training.history[:-1], training.history[-1]
+        if collapsed(now, *shape) and not any(collapsed(line, *shape) for line in before):
+            log.warning(COLLAPSED, training.epoch, self.config["learning_rate"])
+        self.write_metrics(training)
+        last = self.is_complete(training)
+        if last or training.epoch % self.log_interval == 0:
+            self.write_weights(training)
+        # after the weights: where the state is complete, they are there
+        if last or time.monotonic() - self.saved_at >= 60 * self.save_minutes:
+            self.write_state(training)
+        if last:
+            self.check()
+
+    def stopped(self, training: Training, number: int, steps: int) -> Stopped:
+        """Save the state after a signal; returns what to say."""
+        where = f" in epoch {training.epoch + 1} after {len(training.found)} of {steps} steps"
+        if self.write_state(training):
+            return Stopped(number, f"{where}, which is saved: the same command goes on from there")
+        return Stopped(number, f"{where}; {self.unwritten['state']}; the state before it is kept")
+
+    def failed(
+        self, training: Training, values: dict[str, float], step: int, learning_rate: float
+    ) -> UserError:
+        """Write failure.json for a step (from 0) that was not finite; returns what to say."""
+        i, n = len(training.found), self.config["batch_size"]
+        content = {
+            "epoch": training.epoch + 1,
+            "step": step + 1,
+            "loss": str(values["loss"]),  # JSON has no nan
+            "gradient_norm": str(values["gradient_norm"]),
+            "learning_rate": learning_rate,
+            "batch": training.order[i * n : (i + 1) * n].tolist(),
+        }
+        path = self.folder / "failure.json"
+        self._write("failure", write_file, path, json.dumps(content).encode())
+        return UserError(
+            f"loss {values['loss']}, gradient norm {values['gradient_norm']} in step {step + 1} of "
+            f"epoch {training.epoch + 1} (see {path}), of which nothing is saved: start over with "
+            f"resume=false and a lower learning_rate ({self.config['learning_rate']:g}), a higher "
+            f"temperature ({self.config['temperature']:g}) or precision=fp32"
+        )
+
+    def write_metrics(self, training: Training) -> None:
+        """metrics.jsonl, all of it so that no crash cuts a line (0.4 MB at most), TensorBoard."""
+        lines = "".join(json.dumps(line) + "\n" for line in training.history)
+        if self._write("metrics", write_file, self.folder / "metrics.jsonl", lines.encode()):
+            self._write("board", self.board.write, training.history)
+
+    def write_weights(self, training: Training) -> None:
+        """The checkpoint for simclr_lin.py and plot.py."""
+        path = self.weights(training.epoch)
+        self._write("weights", save_checkpoint, path, training.model, self.config, training.epoch)
+
+    def write_state(self, training: Training) -> bool:
+        """The state to go on from; returns whether it is on disk."""
+        written = self._write("state", save_state, self.folder, training, self.images, self.config)
+        if written:
+            self.saved_at = time.monotonic()
+        return written
+
+    def weights(self, epoch: int) -> Path:
+        """The path of the weights after an epoch."""
+        return self.folder / checkpoint_name(self.config["backbone"], epoch)
+
+    def is_complete(self, training: Training) -> bool:
+        """Whether all epochs are done."""
+        return training.epoch == self.config["epochs"]
+
+    def check(self) -> None:
+        """Raise UserError if something is not on disk now."""
+        if self.unwritten:
+            raise UserError("; ".join(self.unwritten.values()))
+
+    def close(self) -> None:
+        """End TensorBoard's file."""
+        self.board.close()
+
+    def _where(self, training: Training, found: Found) -> str:
+        instead = f" ({'; '.join(found.problems)})" if found.problems else ""
+        if self.is_complete(training):
+            return (
+                f"{self.folder} holds this run, complete with {training.epoch} epochs{instead}: "
+                "simclr_lin.py evaluates it, resume=false starts over"
+            )
+        then, now = found.content["versions"], versions()
+        other = [f"{name} {then.get(name)}" for name in now if then.get(name) != now[name]]
+        rounding = f"; saved with {', '.join(other)}: rounding may differ" if other else ""
+        return (
+            f"goes on from {found.path}{instead}: {training.epoch} of {self.config['epochs']} "
+            f"epochs and {len(training.found)} steps are done{rounding}"
+        )
+
+    def _write(self, name: str, write: Callable[..., object], *arguments: Any) -> bool:
+        self.unwritten.pop(name, None)
+        try:
+            write(*arguments)
+        except UserError as error:
+            self.unwritten[name] = str(error)
+            log.warning(f"warning: {error}")
+        return name not in self.unwritten
+
+
+class Board:
+    """The lines of metrics.jsonl for TensorBoard, each under its epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.writer = folder, None
+        self.epoch = 0  # those it has; what a crash left beyond is hidden (purge_step)
+
+    def write(self, history: list[dict[str, float | None]]) -> None:
+        """Add what is new. Raises UserError if that can't be; the next call tries again."""
+        if len(history) == self.epoch:
+            return
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.folder, purge_step=self.epoch + 1)
+            for line in history[self.epoch :]:
+                for name, value in line.items():
+                    if name != "epoch" and value is not None:
+                        self.writer.add_scalar(name, value, line["epoch"])
+            self.writer.flush()
+        except OSError as error:
+            self.writer = None  # its thread has ended
+            raise UserError(f"TensorBoard's file in {self.folder}: {error.strerror}") from None
+        self.epoch = len(history)
+
+    def close(self) -> None:
+        """End the file, if there is one."""
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()

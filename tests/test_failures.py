@@ -1,0 +1,310 @@
+"""What goes wrong during a run: full disks, numbers that are not finite, signals, memory."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_files import file_size_limit
+from tqdm import tqdm
+
+import device
+import record
+import simclr
+from checkpoint import load_checkpoint
+from errors import Stopped, StopSignals, UserError, one_line_errors
+from state import PARTS
+
+
+@pytest.fixture
+def cfg(thin, toy):
+    """cfg("epochs=3", …): a toy config, three steps an epoch, without kNN."""
+    small = ["projection_dim=8", "hidden_dim=16", "knn_interval=0", "save_minutes=0", "epochs=3"]
+    return lambda *overrides: toy(*small, *overrides)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, change): the values that the k-th step returns go through `change` first."""
+    step, count = simclr.train_step, []
+
+    def change_at(k, change):
+        def changed(*args):
+            count.append(1)
+            values = step(*args)
+            return {**values, **change(values)} if len(count) == k else values
+
+        monkeypatch.setattr(simclr, "train_step", changed)
+        return count
+
+    return change_at
+
+
+def last_state(folder):
+    return load_checkpoint(folder / "simclr_resnet18_last.pt", PARTS)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 9], ids=["first", "middle", "epoch's end", "last"])
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_within_a_step(
+    cfg, tmp_path, at_step, step, name
+):
+    count = at_step(step, lambda values: {name: torch.tensor(math.nan)})
+    with pytest.raises(UserError, match=rf"{name.replace('_', ' ')} nan.* in step {step} of epoch"):
+        simclr.pretrain(cfg("precision=fp32"), tmp_path)
+    epochs = (step - 1) // 3
+    assert len(count) in (step, step + 1)
+    assert last_state(tmp_path)["epoch"] == epochs and not last_state(tmp_path)["found"]
+    assert not list(tmp_path.glob("*epoch*.pt"))
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["epoch"], failure["step"], failure[name]) == (epochs + 1, step, "nan")
+    assert failure["learning_rate"] > 0 and len(set(failure["batch"])) == 8
+
+
+def test_failure_json_names_the_images_of_the_step(cfg, tmp_path, at_step, monkeypatch):
+    at_step(5, lambda values: {"loss": torch.tensor(math.inf)})
+    seen = []
+    views = simclr.random_views
+    monkeypatch.setattr(
+        simclr, "random_views", lambda images, *args: seen.append(images) or views(images, *args)
+    )
+    with pytest.raises(UserError, match=r"lower learning_rate .*temperature .*precision=fp32"):
+        simclr.pretrain(cfg(), tmp_path)
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    images = simclr.load_split("folder", cfg().data_dir, "pretrain", 8).images
+    assert torch.equal(seen[4][:8], images[failure["batch"]])
+    rate = simclr.cosine_learning_rate(4, 9, cfg().learning_rate, cfg().min_learning_rate)
+    assert failure["learning_rate"] == rate and failure["loss"] == "inf"
+
+
+def test_a_run_goes_on_after_a_failure_that_was_an_accident(cfg, tmp_path, at_step):
+    """From the last good state; with the same config, as always."""
+    at_step(5, lambda values: {"loss": torch.tensor(math.nan)})
+    with pytest.raises(UserError, match="loss nan"):
+        simclr.pretrain(cfg(), tmp_path)
+    assert simclr.pretrain(cfg(), tmp_path)["epoch"] == 3
+
+
+def test_a_step_that_float16_leaves_out_is_no_failure(cfg, tmp_path, at_step):
+    at_step(2, lambda values: {"gradient_norm": torch.tensor(math.inf)})
+    simclr.pretrain(cfg("precision=fp16"), tmp_path)
+    assert last_state(tmp_path)["epoch"] == 3
+    at_step(10, lambda values: {"loss": torch.tensor(math.nan)})
+    with pytest.raises(UserError, match="loss nan"):
+        simclr.pretrain(cfg("precision=fp16", "resume=false"), tmp_path)
+
+
+def test_a_collapse_is_warned_about_once(cfg, tmp_path, at_step, monkeypatch, caplog):
+    flat = {"z_std": torch.tensor(1e-4), "contrastive_accuracy": torch.tensor(0.07)}
+    step = simclr.train_step
+    monkeypatch.setattr(simclr, "train_step", lambda *args: {**step(*args), **flat})
+    simclr.pretrain(cfg(), tmp_path)
+    assert caplog.text.count("all images have nearly the same embedding") == 1
+    caplog.clear()
+    monkeypatch.setattr(simclr, "train_step", step)
+    simclr.pretrain(cfg("resume=false", "learning_rate=0.01"), tmp_path)
+    assert "embedding" not in caplog.text
+
+
+def test_values_of_a_step_are_read_after_the_next_was_started():
+    done = []
+
+    def steps():
+        for i in range(3):
+            done.append(f"start {i}")
+            yield {"loss": torch.tensor(float(i)), "norm": torch.tensor(0.5)}
+
+    for values in device.read_late(steps()):
+        done.append(f"read {values['loss']:.0f}")
+        assert values["norm"] == 0.5
+    assert done == ["start 0", "start 1", "read 0", "start 2", "read 1", "read 2"]
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_and_saves_when_there_is_room(
+    cfg, tmp_path, caplog, monkeypatch
+):
+    """The first state was written; then the disk is full for the state of epoch 1."""
+    save, full = record.save_state, []
+
+    def save_state(folder, training, *args):
+        full.append(training.epoch)
+        with file_size_limit(50_000 if training.epoch == 1 else 2**40):
+            save(folder, training, *args)
+
+    monkeypatch.setattr(record, "save_state", save_state)
+    simclr.pretrain(cfg(), tmp_path)
+    assert full == [0, 1, 2, 3]
+    assert caplog.text.count("last.pt could not be written (File too large): it takes 2.") == 1
+    assert last_state(tmp_path)["epoch"] == 3 and len(last_state(tmp_path)["history"]) == 3
+
+
+def test_a_run_whose_end_is_not_on_disk_is_an_error(cfg, tmp_path, monkeypatch):
+    """With the state before it intact, so that the same command ends it when there is room."""
+    end_epoch = record.Record.end_epoch
+
+    def full(self, training):
+        with file_size_limit(50_000 if training.epoch == 3 else 2**40):
+            end_epoch(self, training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Record, "end_epoch", full)
+        with pytest.raises(UserError) as error:
+            simclr.pretrain(cfg(), tmp_path)
+    for name in ("simclr_resnet18_epoch3.pt", "simclr_resnet18_last.pt"):
+        assert f"{name} could not be written" in str(error.value)
+    assert last_state(tmp_path)["epoch"] == 2 and not list(tmp_path.glob("*.tmp"))
+    simclr.pretrain(cfg(), tmp_path)
+    assert last_state(tmp_path)["epoch"] == 3
+
+
+def test_no_room_for_the_first_state_ends_the_run_before_it_begins(cfg, tmp_path):
+    with file_size_limit(50_000), pytest.raises(UserError, match=r"last\.pt could not be written"):
+        simclr.pretrain(cfg(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if "simclr" in path.name] == [".simclr.lock"]
+
+
+def test_tensorboard_on_a_full_disk_is_said_and_caught_up_with(cfg, tmp_path, monkeypatch, caplog):
+    writer, made = record.SummaryWriter, []
+
+    class Full(writer):
+        def __init__(self, *args, **kwargs):
+            made.append(kwargs["purge_step"])
+            super().__init__(*args, **kwargs)
+
+        def flush(self):
+            if len(made) == 1:
+                raise OSError(28, "No space left on device")
+            super().flush()
+
+    monkeypatch.setattr(record, "SummaryWriter", Full)
+    simclr.pretrain(cfg(), tmp_path)
+    assert made == [1, 1] and caplog.text.count("TensorBoard's file") == 1
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert "No space left" in caplog.text and [event.step for event in found] == [1, 2, 3]
+
+
+class Memory:
+    """A GPU of `total` bytes, where a step with n images takes fixed + each · n."""
+
+    def __init__(self, monkeypatch, total, fixed, each):
+        self.total, self.fixed, self.each, self.peak, self.stances = total, fixed, each, 0, []
+        for name, value in {
+            "get_device_name": lambda _: "toy GPU",
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda _: setattr(self, "peak", 0),
+            "max_memory_allocated": lambda _: self.peak,
+            "mem_get_info": lambda _: (total - fixed, total),
+            "memory_reserved": lambda _: fixed,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def step(self, n):
+        self.peak = self.fixed + self.each * n
+        if self.peak > self.total:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_the_largest_batch_is_estimated_from_two_small_steps(monkeypatch):
+    gpu = torch.device("cuda")
+    assert device.largest_batch(Memory(monkeypatch, 10_000, 1_000, 10).step, gpu) == 800
+    assert device.largest_batch(Memory(monkeypatch, 10_000, 1_000, 1000).step, gpu) == 0
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_out_of_memory_is_one_line_with_what_would_fit(cfg, tmp_path, monkeypatch, recompute):
+    memory = Memory(monkeypatch, 10_000, 1_000, 500)
+
+    def step(model, optimizer, scaler, views, *args):
+        assert views.shape[1:] == (3, 8, 8)
+        return memory.step(len(views) // 2)
+
+    monkeypatch.setattr(simclr, "train_step", step)
+    config = cfg("batch_size=24", f"activation_checkpointing={recompute}")
+    with pytest.raises(UserError) as error:
+        simclr.pretrain(config, tmp_path)
+    assert "out of memory on toy GPU with batch_size=24: batch_size=16 would fit" in str(
+        error.value
+    )
+    named = "activation_checkpointing=true" in str(error.value)
+    assert named == (recompute == "false")
+
+
+def test_a_first_signal_is_noted_and_a_second_has_its_usual_effect():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
+            stop.check()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_ctrl_c_before_and_after_training_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_an_epoch_that_no_signal_ends_is_whole(cfg):
+    training = simclr.start_training(cfg(), torch.device("cpu"), 3)
+    images = torch.zeros(24, 3, 8, 8, dtype=torch.uint8)
+    stop = StopSignals()
+    stop.received = signal.SIGTERM
+    with pytest.raises(Stopped):
+        simclr.train_epoch(cfg(), training, images, tqdm(disable=True), stop)
+    assert training.found == []
+
+
+def start(folder, *overrides):
+    """A run of its own at toy size, of many epochs of a tenth of a second."""
+    command = [sys.executable, str(REPOSITORY / "simclr.py"), "dataset=digits", "image_size=8",
+               "batch_size=32", "hidden_dim=8", "projection_dim=8", "epochs=2000", "device=cpu",
+               "compile=false", "knn_interval=0", *overrides]  # fmt: skip
+    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process):
+    for _ in range(600):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_with_128_and_its_number_in_one_line(tmp_path, number):
+    run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
+    process = start(tmp_path)
+    wait_for(run / "metrics.jsonl", process)
+    second = subprocess.run(process.args, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 1 and second.stderr.startswith("error: logs/SimCLR/digits/resnet18")
+    assert f"is in use by another simclr.py (process {process.pid}" in second.stderr
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1].split("\n")
+    assert process.returncode == 128 + number, said
+    assert said[-2].startswith(f"stopped by {number.name} in epoch ") and said[-1] == ""
+    assert "which is saved: the same command goes on from there" in said[-2]
+    assert last_state(run)["epoch"] >= 1 and "Traceback" not in "".join(said)
+
+
+def test_a_second_signal_ends_the_process_at_once_and_the_state_is_whole(tmp_path):
+    run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
+    process = start(tmp_path, "batch_size=1437", "knn_interval=1")  # one step an epoch, of seconds
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, 143) and time.monotonic() - sent < 5
+    assert last_state(run)["epoch"] >= 0

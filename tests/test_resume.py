@@ -1,0 +1,414 @@
+"""A run that was stopped goes on as if it had not been: bit for bit on a CPU, or not at all."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from omegaconf import OmegaConf
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import record
+import simclr
+import state
+from checkpoint import load_checkpoint, load_encoder, to_bytes
+from config import MAY_CHANGE, RULES
+from errors import ConfigError, Stopped, UserError
+
+TIMED = "views_per_second", "seconds"
+
+
+@pytest.fixture
+def views(monkeypatch):
+    """Every batch of views that a step was given, also in a step that was interrupted."""
+    seen = []
+    random_views = simclr.random_views
+    monkeypatch.setattr(
+        simclr, "random_views", lambda *args: seen.append(random_views(*args)) or seen[-1]
+    )
+    return seen
+
+
+@pytest.fixture
+def run(thin, toy, tmp_path, monkeypatch):
+    """run(name, overrides, stops=[k]): pretrain in the folder `name`, three steps an epoch; a
+    SIGTERM comes while the k-th step of this call is computed. Returns the folder."""
+    step = simclr.train_step
+
+    def pretrain(name, *overrides, stop=None):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        count = iter(range(1, 10**6))
+
+        def counted(*args):
+            if next(count) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        monkeypatch.setattr(simclr, "train_step", counted)
+        cfg = toy("epochs=3", "projection_dim=8", "hidden_dim=16", "knn_interval=2", *overrides)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(len(list(folder.iterdir())))  # what another process would not share
+        if stop is None:
+            simclr.pretrain(cfg, folder)
+        else:
+            with pytest.raises(Stopped) as stopped:
+                simclr.pretrain(cfg, folder)
+            assert stopped.value.exit_code == 143
+            assert "the same command goes on from there" in str(stopped.value)
+        return folder
+
+    return pretrain
+
+
+def lines(folder):
+    """metrics.jsonl, without what a clock measured."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in TIMED} for line in found]
+
+
+def plain(value):
+    """Tensors as bytes, so that == compares every bit."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, (*value.shape,), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def outcome(folder, epochs=3):
+    """All that two equal runs have in common."""
+    saved = load_checkpoint(folder / "simclr_resnet18_last.pt", state.PARTS)
+    parts = ("model", "optimizer", "scaler", "epoch", "order", "found", "images", "config")
+    weights = load_checkpoint(folder / f"simclr_resnet18_epoch{epochs}.pt")
+    return plain([lines(folder), {key: saved[key] for key in parts}, saved["random"]["views"],
+                  weights])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [[1], [2], [3], [4], [9], [1, 1], [5, 1, 2]],
+    ids=["first step", "first epoch", "epoch's end", "second epoch", "last step", "twice in a row",
+         "three times"],
+)  # fmt: skip
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, views, stops):
+    """Weights, momentum, metrics, order of the images, views: wherever it was stopped."""
+    whole = run("whole")
+    seen = [view.clone() for view in views]
+    views.clear()
+    for stop in stops:
+        run("stopped", stop=stop)
+    assert outcome(run("stopped")) == outcome(whole)
+    assert len(views) == 9 and all(map(torch.equal, views, seen))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_is_resumed_with_its_scaler(run, precision):
+    whole = run("whole", f"precision={precision}")
+    run("stopped", f"precision={precision}", stop=5)
+    assert outcome(run("stopped", f"precision={precision}")) == outcome(whole)
+    if precision == "fp16":
+        saved = load_checkpoint(whole / "simclr_resnet18_last.pt", state.PARTS)
+        assert saved["scaler"]["_growth_tracker"] == 9
+
+
+def test_momentum_and_weights_keep_their_layout(run, monkeypatch):
+    """The fused kernel goes through both in the order of memory."""
+    strides = []
+    restore = state.restore
+
+    def record_strides(training, *args):
+        restore(training, *args)
+        moments = training.optimizer.state.values()
+        strides.extend((m["momentum_buffer"].stride()) for m in moments)
+        strides.extend(weight.stride() for weight in training.model.parameters())
+
+    monkeypatch.setattr(record, "restore", record_strides)
+    run("stopped", stop=2)
+    run("stopped")
+    half = len(strides) // 2
+    assert half > 20 and strides[:half] == strides[half:]
+
+
+def test_a_signal_during_knn_ends_it_and_it_is_done_after_the_resume(run, monkeypatch):
+    whole = run("whole")
+    knn, called = simclr.held_out_knn, []
+
+    def interrupted(*args):
+        called.append(args)
+        if len(called) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return knn(*args)
+
+    monkeypatch.setattr(simclr, "held_out_knn", interrupted)
+    with pytest.raises(Stopped, match="in epoch 2 after 3 of 3 steps"):
+        run("stopped")
+    assert outcome(run("stopped")) == outcome(whole)
+    assert len(called) == 3 and [line["knn_acc"] is None for line in lines(whole)] == [1, 0, 0]
+
+
+def test_every_generator_is_put_back():
+    """Training draws from one of its own, but what is added to it may draw from any."""
+    rng = torch.Generator().manual_seed(1)
+
+    def draw():
+        numbers = random.random(), np.random.rand(), torch.rand(1).item()
+        return (*numbers, torch.rand(1, generator=rng).item())
+
+    file = io.BytesIO(to_bytes({"random": state._random_states(rng)}))
+    first, second = draw(), draw()
+    assert not set(first) & set(second)
+    saved = torch.load(file, weights_only=True)["random"]
+    state._set_random_states(rng, saved, epoch=0)
+    assert draw() == first
+
+
+def test_on_another_kind_of_device_the_views_follow_from_seed_and_epoch():
+    saved = state._random_states(torch.Generator()) | {"device": "cuda", "views": None}
+    drawn = []
+    for epoch in (0, 3, 3):
+        rng = torch.Generator().manual_seed(1)
+        state._set_random_states(rng, saved, epoch)
+        drawn.append(torch.rand(1, generator=rng).item())
+    fresh = torch.rand(1, generator=torch.Generator().manual_seed(1)).item()
+    assert drawn[0] != drawn[1] == drawn[2] and fresh not in drawn
+
+
+def test_a_complete_run_says_so_and_is_left_as_it_is(run, caplog):
+    folder = run("run")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with caplog.at_level("INFO"):
+        assert run("run") == folder
+    assert "holds this run, complete with 3 epochs" in caplog.text
+    assert "resume=false starts over" in caplog.text
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_is_missing_of_a_complete_run_is_written_again(run):
+    folder = run("run")
+    before = outcome(folder)
+    for name in ("metrics.jsonl", "simclr_resnet18_epoch3.pt"):
+        (folder / name).unlink()
+    assert outcome(run("run")) == before
+
+
+def test_the_same_command_says_where_it_goes_on(run, caplog):
+    run("run", stop=5)
+    with caplog.at_level("INFO"):
+        run("run")
+    assert "simclr_resnet18_last.pt: 1 of 3 epochs and 2 steps are done" in caplog.text
+    assert "rounding" not in caplog.text
+
+
+def test_another_version_of_torch_is_said(run, caplog, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "versions", lambda: {**record.versions(), "torch": "1.0"})
+        run("run", stop=5)
+    with caplog.at_level("INFO"):
+        run("run")
+    assert "saved with torch 1.0: rounding may differ" in caplog.text
+
+
+def test_a_state_says_what_wrote_it(run):
+    saved = load_checkpoint(run("run") / "simclr_resnet18_last.pt", state.PARTS)
+    assert saved["versions"]["torch"] == torch.__version__ and saved["format"] == 1
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True,
+                          text=True)  # fmt: skip
+    if head.returncode == 0:
+        assert saved["commit"].removesuffix("-dirty") == head.stdout.strip()
+    else:
+        assert saved["commit"] is None
+
+
+def test_a_repository_around_this_one_is_not_taken_for_it(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "inside").mkdir()
+    monkeypatch.setattr(state, "__file__", str(tmp_path / "inside" / "state.py"))
+    assert state._commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert state._commit() is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("temperature=0.2", r"temperature=0\.2 \(was 0\.5\): must be as in .*last\.pt"),
+        ("epochs=4", r"epochs=4 \(was 3\)"),
+        ("batch_size=12", r"batch_size=12 \(was 8\), learning_rate=.* \(was "),
+        ("backbone=resnet34", r"backbone=resnet34 \(was resnet18\)"),
+        ("precision=fp16", r"precision=fp16 \(was (fp32|bf16)\)"),
+        ("hidden_dim=8", r"hidden_dim=8 \(was 16\)"),
+    ],
+)
+def test_another_config_is_refused_with_both_values_and_the_ways_on(run, override, message):
+    folder = run("run", stop=4)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=message) as error:
+        run("run", override)
+    for way in ("resume=false starts over", "hydra.run.dir=PATH"):
+        assert way in str(error.value)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_may_change_may_change(run):
+    """Where and how it is computed, not what; knn_interval and log_interval, what is looked at."""
+    whole = run("whole")
+    run("stopped", stop=4)
+    changes = ["workers=2", "save_minutes=0", "runs=3", "compile=false", "log_interval=3",
+               "device=auto", "finetune_epochs=7"]  # fmt: skip
+    found = run("stopped", *changes)
+    assert lines(found) == lines(whole)
+    assert OmegaConf.load(found / "config.yaml").workers == 2
+    saved = load_checkpoint(found / "simclr_resnet18_last.pt", state.PARTS)
+    assert saved["config"]["workers"] == 2 and set(MAY_CHANGE) < set(RULES)
+
+
+def test_other_images_are_refused(run, write_images, tmp_path):
+    """The same images in another place are not."""
+    run("run", stop=4)
+    shutil.copytree(tmp_path / "images", tmp_path / "moved")
+    moved = f"data_dir={tmp_path / 'moved'}"
+    run("run", moved, stop=1)
+    Image.new("RGB", (12, 12)).save(tmp_path / "moved" / "train" / "class1" / "3.png")
+    with pytest.raises(UserError, match=r"training images are not those of .*last\.pt"):
+        run("run", moved)
+
+
+def test_starting_over_moves_the_old_files_aside_and_never_over_older_ones(run, caplog):
+    folder = run("run")
+    (folder / "notes.txt").write_text("mine")
+    with caplog.at_level("INFO"):
+        run("run", "resume=false", "temperature=0.2")
+    assert f"moved the files of the run that was here to {folder / 'old-1'}" in caplog.text
+    run("run", "resume=false")
+    temperatures = [
+        load_checkpoint(folder / place / "simclr_resnet18_epoch3.pt")["config"]["temperature"]
+        for place in ("old-1", "old-2", ".")
+    ]
+    assert temperatures == [0.5, 0.2, 0.5] and len(lines(folder / "old-1")) == 3
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_is_refused_moves_nothing(run, tmp_path):
+    folder = run("run")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match="batch_size=25"):
+        run("run", "resume=false", "batch_size=25")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_without_a_state_is_neither_continued_nor_written_over(run):
+    folder = run("run")
+    for path in folder.glob("*[st].pt"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"holds a run that can't be continued .*resume=false"):
+        run("run")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_metrics_have_each_epoch_once_whatever_a_crash_left(run):
+    """After a state of epoch 1, lines of later epochs and half a line are what a kill leaves."""
+    whole = run("whole")
+    folder = run("run", "save_minutes=0", stop=4)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    assert lines(run("run", "save_minutes=0")) == lines(whole)
+
+
+def test_tensorboard_shows_each_epoch_once(run):
+    folder = run("run", stop=8)
+    found = EventAccumulator(str(run("run"))).Reload().Scalars("loss")
+    assert [event.step for event in found] == [1, 2, 3]
+    assert [event.value for event in found] == pytest.approx(
+        [line["loss"] for line in lines(folder)]
+    )
+
+
+def test_a_state_is_written_every_save_minutes(run, monkeypatch):
+    written = []
+    save = record.save_state
+    monkeypatch.setattr(
+        record, "save_state", lambda folder, training, *args: written.append(training.epoch) or
+        save(folder, training, *args),
+    )  # fmt: skip
+    run("often", "save_minutes=0")
+    run("seldom")
+    assert written == [0, 1, 2, 3, 0, 3]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "tampered", "missing"])
+def test_a_damaged_state_is_left_for_the_one_before_it(run, damage, caplog):
+    whole = run("whole")
+    folder = run("run", "save_minutes=0", stop=5)  # states of epoch 1, and of two steps more
+    path = folder / "simclr_resnet18_last.pt"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        i = content.index(saved_bytes(path))
+        tampered = content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+        path.write_bytes({"truncated": content[:-1000], "empty": b"", "tampered": tampered}[damage])
+    with caplog.at_level("INFO"):
+        run("run", "save_minutes=0", stop=5)
+    assert "goes on from" in caplog.text and "previous.pt" in caplog.text
+    reason = {"foreign": "has no model", "tampered": "the checksum of", "missing": "is missing"}
+    assert reason.get(damage, "damaged or no checkpoint") in caplog.text
+    if damage == "missing":
+        assert "1 of 3 epochs and 0 steps" in caplog.text
+    assert outcome(run("run", "save_minutes=0"))[0] == outcome(whole)[0]
+
+
+def saved_bytes(path):
+    """Of a weight, as they stand in the file."""
+    return load_checkpoint(path, state.PARTS)["model"]["projector.2.weight"].numpy().tobytes()
+
+
+def test_a_damaged_state_never_takes_the_place_of_a_good_one(run):
+    folder = run("run", "save_minutes=0", stop=5)
+    (folder / "simclr_resnet18_last.pt").write_bytes(b"damaged")
+    good = (folder / "simclr_resnet18_previous.pt").read_bytes()
+    run("run", "save_minutes=0", stop=1)
+    assert (folder / "simclr_resnet18_previous.pt").read_bytes() == good
+
+
+def test_two_damaged_states_are_both_named(run):
+    folder = run("run", stop=5)
+    for name in ("last", "previous"):
+        (folder / f"simclr_resnet18_{name}.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"can't be continued \(.*last\.pt is.*previous\.pt is"):
+        run("run")
+
+
+def test_a_state_of_other_weights_is_refused(run):
+    folder = run("run", stop=5)
+    for name in ("last", "previous"):
+        path = folder / f"simclr_resnet18_{name}.pt"
+        saved = torch.load(path, weights_only=True)
+        del saved["model"]["projector.2.weight"]
+        torch.save(saved, path)
+    with pytest.raises(UserError, match=r"last\.pt does not fit its config .*projector\.2\.weight"):
+        run("run")
+
+
+def test_a_state_from_the_future_is_refused(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "FORMAT", 2)
+        run("run", stop=5)
+    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        run("run")
+
+
+def test_a_state_can_be_evaluated(run):
+    encoder, dim = load_encoder(run("run", stop=5) / "simclr_resnet18_last.pt")
+    assert dim == 128 and not encoder.training
