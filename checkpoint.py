@@ -66,7 +66,7 @@ def load_checkpoint(path: Path, parts: dict[str, Any] | None = None) -> dict[str
         _compare_checksums(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is no checkpoint: it holds other things than plain data") from None
+        raise UserError(f"{path} is no checkpoint: it is not the plain data of simclr.py") from None
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None

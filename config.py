@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data import DATASETS
 from device import DEVICES, PRECISIONS
-from errors import ConfigError, one_line_errors
+from errors import ConfigError, UserError, one_line_errors
 from models import BACKBONES
 from optim import OPTIMIZERS
 
@@ -177,9 +177,17 @@ class CheckConfig(Callback):
     """Hydra calls this before it makes the run folder: a refused run leaves nothing behind."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check every value; end the process in one line if one is not allowed."""
+        """Check every value, then make the folder; end the process in one line if that can't be."""
         with one_line_errors():
             check_values(config)
+            folder = Path(config.hydra.run.dir)
+            try:  # before Hydra does, with a traceback
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} cannot be made ({error.strerror}): choose another run folder with "
+                    "hydra.run.dir=PATH"
+                ) from None
 
 
 def check_values(cfg: DictConfig) -> DictConfig:

@@ -197,7 +197,7 @@ def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figu
     split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
     yield "views", plot_views(cfg, split.images)
     for run in runs:
-        if list(run.glob("simclr_*.pt")):
+        if list(run.glob("simclr_*_epoch*.pt")):
             yield from pictures_of_checkpoint(run, cfg)
         else:
             print(f"no checkpoint in {run} yet: neither embedding nor neighbours")

@@ -164,7 +164,7 @@ class Record:
             write(*arguments)
         except UserError as error:
             self.unwritten[name] = str(error)
-            log.warning(f"warning: {error}")
+            log.warning(f"warning: {error}; the run goes on")
         return name not in self.unwritten
 
 

@@ -58,12 +58,12 @@ def evaluate(
         for split in ("train", "test")
     )
     name = f"{checkpoint}, epoch {saved['epoch']}, {saved['config']['backbone']} at {size} px"
-    log.info(f"{name}, on {cfg.dataset}, {device}")
-
     outcomes: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for encoder in ("checkpoint", *cfg.baselines):
         for seed in range(cfg.seed, cfg.seed + cfg.runs):
             task = make_task(cfg, saved, checkpoint, encoder, train, test.images, seed)
+            if not outcomes:  # nothing can be refused any more
+                log.info(f"{name}, on {cfg.dataset}, {device}")
             for protocol, found, seconds in run_protocols(rows_of(cfg, encoder, seed), task):
                 outcome = score(found, test.labels.cpu(), seconds)
                 outcomes[encoder, protocol].append(outcome)

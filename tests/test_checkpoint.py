@@ -66,7 +66,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     trap = Trap(tmp_path / "sprung")
     torch.save({"model": {}, "config": {}, "epoch": 1, "extra": trap}, tmp_path / "zip.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(trap))
-    for name, reason in (("zip.pt", "it holds other things than"), ("plain.pt", "not a zip file")):
+    for name, reason in (("zip.pt", "it is not the plain data"), ("plain.pt", "not a zip file")):
         with pytest.raises(UserError, match=rf"{name} is .*no checkpoint.*{reason}") as error:
             load_checkpoint(tmp_path / name)
         assert "trust" not in str(error.value)  # torch's own advice is to execute it

@@ -55,3 +55,16 @@ def test_load_encoder_refuses_what_is_no_checkpoint(place):
     (place / "text.pt").write_text("text")
     with pytest.raises(UserError, match=r"text\.pt is damaged or no checkpoint"):
         load_encoder(place / "text.pt")
+
+
+def test_every_promise_names_a_test():
+    """Section "When something goes wrong": each pattern for `pytest -k` selects something."""
+    text = (REPOSITORY / "README.md").read_text()
+    section = re.search(r"\n## When something goes wrong\n(.*?)\n## ", text, re.DOTALL)[1]
+    patterns = re.findall(r"\| `([^|]*)` \|\n", section)
+    files = [path for path in (REPOSITORY / "tests").glob("test_*.py")]
+    names = [f"{path.name} {name}" for path in files
+             for name in re.findall(r"\ndef (test_\w+)", path.read_text())]  # fmt: skip
+    assert len(patterns) == 12
+    for part in " or ".join(patterns).split(" or "):
+        assert any(part in name for name in names), part

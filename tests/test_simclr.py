@@ -38,7 +38,7 @@ def rates(monkeypatch):
 
 
 @pytest.fixture
-def run(toy, tmp_path):
+def run(thin, toy, tmp_path):
     """run("epochs=3", …): pretrain at toy size; returns the run folder."""
     folders = []
 
@@ -295,7 +295,7 @@ def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkey
 
     monkeypatch.setattr(evaluation, "knn_scores", record)
     with_knn, without = run("epochs=5", "knn_interval=2"), run("epochs=5", "knn_interval=0")
-    assert seen == [((21, 512), [7, 7, 7], (3, 512), 3)] * 3  # h, not z
+    assert seen == [((21, 128), [7, 7, 7], (3, 128), 3)] * 3  # h, not z
     lines = metrics(with_knn)
     assert [line["knn_acc"] is None for line in lines] == [True, False, True, False, False]
     assert {line["knn_acc"] for line in metrics(without)} == {None}
