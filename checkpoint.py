@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 from files import write_file
@@ -23,13 +23,13 @@ from models import SimCLR
 # What of the config has to be known to build the network, and to feed it.
 ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image_size")
 
+PARTS = {"model": dict, "config": dict, "epoch": int}  # of a file of weights
+DIGEST = 64  # hexadecimal digits
 FORMAT = 1  # of checkpoints; a file without a number has this one
 
-# What the zip reader and the restricted unpickler raise on bytes that torch.save did not write.
-UNREADABLE = (
-    pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError,
-    LookupError,
-)  # fmt: skip
+
+class Damaged(UserError):
+    """A file that is no checkpoint of ours, or not whole."""
 
 
 def checkpoint_name(backbone: str, epoch: int) -> str:
@@ -37,66 +37,72 @@ def checkpoint_name(backbone: str, epoch: int) -> str:
     return f"simclr_{backbone}_epoch{epoch}.pt"
 
 
-def save_checkpoint(path: Path, model: nn.Module, config: dict[str, Any], epoch: int) -> None:
+def save_checkpoint(
+    path: Path, weights: dict[str, Tensor], config: dict[str, Any], epoch: int
+) -> None:
     """Write {"model": state dict, "config": plain dict, "epoch": int}, whole or not at all.
 
     The weights are written as CPU tensors, to be read where there is no GPU. Raises UserError
     where that is not possible.
     """
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.cpu() for name, tensor in weights.items()}
     write_file(path, to_bytes({"model": weights, "config": config, "epoch": epoch}))
 
 
 def to_bytes(content: dict[str, Any]) -> bytes:
-    """What torch.save makes of plain data: a zip archive with a CRC-32 of each tensor."""
+    """What torch.save makes of plain data, a zip archive, with its SHA-256 as the zip's comment.
+
+    The archive's own checksums cover neither its directory nor does torch.load compare them.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return buffer.getvalue()
+    archive = buffer.getvalue()[:-2] + DIGEST.to_bytes(2, "little")  # the length of the comment
+    return archive + hashlib.sha256(archive).hexdigest().encode()
 
 
-def load_checkpoint(path: Path, parts: dict[str, Any] | None = None) -> dict[str, Any]:
+def from_bytes(file: bytes, must_have_checksum: bool) -> Any:
+    """The content of `to_bytes`, on the CPU, or of torch.save alone if it need not have a checksum.
+
+    Nothing is executed. Raises whatever the readers raise on bytes that are something else.
+    """
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        if len(archive.comment) == DIGEST:
+            if hashlib.sha256(file[:-DIGEST]).hexdigest().encode() != archive.comment:
+                raise ValueError("its checksum is wrong")
+        elif must_have_checksum or archive.testzip() is not None:
+            raise ValueError("its checksum is wrong or missing")
+    return torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+
+
+def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS, state: bool = False) -> Any:
     """What `save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
 
-    parts: the keys that it must have, and their types; None: those of a file of weights. Raises
-    UserError if there is no such file, its checksums are wrong, or it is not one of ours.
+    parts: the keys that it must have, and their types; `state`: a checksum too, which files of
+    weights by others lack. Raises UserError if there is no such file or it has another format,
+    Damaged if its checksum is wrong or it is not one of ours.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: there is {_listing(path.parent)}")
+    file = path.read_bytes()
     try:
-        _compare_checksums(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is no checkpoint: it is not the plain data of simclr.py") from None
-    except UNREADABLE as error:
+        saved = from_bytes(file, must_have_checksum=state)
+    except pickle.UnpicklingError:  # whose message tells how to execute it
+        raise Damaged(f"{path} is no checkpoint: it is not the plain data of simclr.py") from None
+    except Exception as error:  # the readers raise what they like
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
-    for key, kind in (parts or {"model": dict, "config": dict, "epoch": int}).items():
-        if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
-            raise UserError(f"{path} was not written by simclr.py: it has no {key}")
-    if saved.get("format", FORMAT) != FORMAT:
+        raise Damaged(f"{path} is damaged or no checkpoint ({reason})") from None
+    if isinstance(saved, dict) and saved.get("format", FORMAT) != FORMAT:
         raise UserError(
             f"{path} has format {saved['format']}, this version reads {FORMAT}: use the version "
             "of this repository that wrote it"
         )
+    for key, kind in parts.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
+            raise Damaged(f"{path} was not written by simclr.py: it has no {key}")
     for key in ARCHITECTURE:
         if saved["config"].get(key) is None:
-            raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
+            raise Damaged(f"{path} was not written by simclr.py: its config lacks {key}")
     return saved
-
-
-def is_whole(path: Path) -> bool:
-    """Whether there is a file that torch.save wrote, with all its checksums right."""
-    try:
-        _compare_checksums(path)
-    except UNREADABLE:
-        return False
-    return True
-
-
-def _compare_checksums(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:  # torch.load reads the CRC-32s, but compares none
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def sha256(path: Path) -> str:

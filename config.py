@@ -43,8 +43,8 @@ def _one_of(names: tuple[str, ...]) -> Rule:
     return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
 
 
-def _integer(low: int, high: float = math.inf) -> Rule:
-    allowed = f"an integer from {low} {f'to {high}' if high < math.inf else 'up'}"
+def _integer(low: int, high: int = 10**9) -> Rule:
+    allowed = f"an integer from {low} to {high}"
     return lambda value: type(value) is int and low <= value <= high, allowed
 
 
@@ -165,13 +165,6 @@ RULES: dict[str, Rule] = {
 }
 OF_EVALUATION = tuple(RULES)[tuple(RULES).index("checkpoint") :]  # what simclr.py does not read
 
-# What a run may go on with another value of: where and how it is computed, not what. Of the images
-# of data_dir a checksum is compared, of precision what `auto` stands for.
-MAY_CHANGE = (
-    "data_dir", "workers", "device", "compile", "activation_checkpointing", "log_interval",
-    "knn_interval", "save_minutes", "resume", *OF_EVALUATION,
-)  # fmt: skip
-
 
 class CheckConfig(Callback):
     """Hydra calls this before it makes the run folder: a refused run leaves nothing behind."""
@@ -226,20 +219,6 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
             "which names one file already: give one of the two"
         )
     return cfg
-
-
-def check_unchanged(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    """Raise ConfigError if `new` differs from `old`, the config of the state in `path`, in a key
-    that is not among MAY_CHANGE: what went on would not be the same run."""
-    keys = [key for key in {**new, **old} if key not in MAY_CHANGE]
-    absent = "absent"
-    changed = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
-    if changed:
-        pairs = (f"{key}={new.get(key, absent)} (was {old.get(key, absent)})" for key in changed)
-        raise ConfigError(
-            f"{', '.join(pairs)}: must be as in {path} to go on from there; resume=false starts "
-            "over and moves its files aside, hydra.run.dir=PATH starts in another folder"
-        )
 
 
 def _checked(cfg: DictConfig, key: str) -> Any:

@@ -5,10 +5,12 @@ no image passes through PIL or a loader process during training.
 """
 
 import hashlib
+import os
 import tarfile
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from errors import ConfigError, UserError
 from folder import class_folders, load_images
 
 DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
-UNFETCHED = (OSError, HTTPException, RuntimeError, EOFError, tarfile.TarError)  # by torchvision
+UNFETCHED = (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError)  # by torchvision
 DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 
 
@@ -52,7 +54,7 @@ def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers
     if dataset == "digits":
         return _digits(split)
     if dataset == "folder":
-        return _folder(Path(data_dir), split, image_size, workers)
+        return _folder(Path(os.path.expanduser(data_dir)), split, image_size, workers)
     return _download(dataset, data_dir, split)
 
 
@@ -99,17 +101,25 @@ def hold_out(labels: Tensor, share: float, seed: int, remedy: str) -> tuple[Tens
     return rest.nonzero()[:, 0], part
 
 
-def load_held_out(
-    dataset: str, data_dir: str, image_size: int, split: Split
-) -> tuple[Split, Tensor, Tensor]:
-    """For kNN during pretraining: labelled training images, and indices of bank and queries.
+def load_pretraining(
+    dataset: str, data_dir: str, image_size: int, workers: int, device: torch.device, knn: bool
+) -> tuple[Tensor, str, tuple[Split, Tensor, Tensor] | None]:
+    """Training images on the device; their shape and SHA-256; and with `knn`, to judge them by:
+    labelled training images, and indices of bank and queries.
 
-    split: what pretraining sees; STL-10's has no labels, and its training images are loaded. The
-    queries are the same stratified tenth in every run, held out of the bank alone.
+    STL-10's images are unlabelled; its training images are loaded beside them. The queries are the
+    same stratified tenth in every run, held out of the bank alone.
     """
+    split = load_split(dataset, data_dir, "pretrain", image_size, workers)
+    digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
+    split = split.to(device)
+    images, fingerprint = split.images, f"{(*split.images.shape,)} {digest}"
+    if not knn:
+        return images, fingerprint, None
     if split.labels.min() < 0:
-        split = load_split(dataset, data_dir, "train", image_size).to(split.images.device)
-    return split, *hold_out(split.labels, 0.1, seed=0, remedy="knn_interval=0 leaves kNN out")
+        split = load_split(dataset, data_dir, "train", image_size).to(device)
+    held_out = hold_out(split.labels, 0.1, seed=0, remedy="knn_interval=0 leaves kNN out")
+    return images, fingerprint, (split, *held_out)
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
@@ -121,11 +131,6 @@ def check_batch_size(batch_size: int, images: int) -> None:
             f"batch_size={batch_size}: must be an integer from 2 to {images}, the number of "
             "training images"
         )
-
-
-def fingerprint(images: Tensor) -> str:
-    """Shape and SHA-256 of uint8 images on the CPU; takes a second for 1 GB."""
-    return f"{(*images.shape,)} {hashlib.sha256(images.contiguous().numpy()).hexdigest()}"
 
 
 def _digits(split: str) -> Split:
@@ -146,7 +151,8 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
     source = DOWNLOADS[dataset]
     if hasattr(tarfile, "data_filter"):  # PEP 706: no member, no link leads out of data_dir
         tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    archive = Path(data_dir).expanduser() / source.filename
+    data_dir = os.path.expanduser(data_dir)
+    archive = Path(data_dir) / source.filename
     if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
         raise UserError(
             f"{archive} is damaged or incomplete (its MD5 is not {source.tgz_md5}): "
@@ -165,13 +171,14 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
             f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
             "yourself; dataset=digits needs no download"
         ) from None
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{archive} cannot be unpacked ({error}): delete it") from None
     labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
     return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(part.classes))
 
 
 def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
     """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name."""
-    data_dir = data_dir.expanduser()
     root = data_dir / ("test" if split == "test" else "train")
     classes = class_folders(root, data_dir)
     if split == "test" and classes != (expected := class_folders(data_dir / "train", data_dir)):

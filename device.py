@@ -152,26 +152,26 @@ def out_of_memory(
     batch_size: int,
     activation_checkpointing: bool,
 ) -> UserError:
-    """What to do when a GPU is too small; step(n) makes a training step with n images."""
-    fits = largest_batch(step, device)
-    less = "" if activation_checkpointing else ", or activation_checkpointing=true"
-    return UserError(
-        f"out of memory on {torch.cuda.get_device_name(device)} with batch_size={batch_size}: "
-        f"batch_size={fits} would fit by estimate{less}"
-        if fits >= 2
-        else f"out of memory on {torch.cuda.get_device_name(device)}, with any batch_size{less}"
-    )
+    """What to do where a GPU is too small; step(n) makes a training step with n images."""
+    fits = largest_batch(step, device, batch_size)
+    ways = [] if activation_checkpointing else ["activation_checkpointing=true"]
+    if fits >= 2:
+        ways.append(f"resume=false batch_size={fits}, which would fit by estimate")
+    else:
+        ways.append(f"resume=false and a batch_size far below {batch_size}")
+    name = torch.cuda.get_device_name(device)
+    return UserError(f"out of memory on {name}, batch_size={batch_size}: take {' or '.join(ways)}")
 
 
-def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
-    """An estimate of how many images fit into a GPU's memory, from two small steps; 0: none do.
+def largest_batch(step: Callable[[int], object], device: torch.device, too_large: int) -> int:
+    """An estimate of how many images fit into a GPU's memory, from two small steps; 0: unknown.
 
     Memory grows with the images in a straight line, but for the loss, whose 32·n² bytes matter
     from some thousand on. A tenth is left for fragmentation.
     """
-    peaks = []
+    sizes, peaks = [max(1, too_large // 8), max(2, too_large // 4)], []
     try:
-        for n in (8, 16):
+        for n in sizes:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             with torch.compiler.set_stance("force_eager"):  # nothing is compiled for these sizes
@@ -179,8 +179,10 @@ def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
             peaks.append(torch.cuda.max_memory_allocated(device))
     except torch.OutOfMemoryError:
         return 0
-    each = max(1.0, (peaks[1] - peaks[0]) / 8)
+    each = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    if each <= 0:  # something else than the images decided
+        return 0
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    room = 0.9 * (free + torch.cuda.memory_reserved(device))
-    return max(0, int((room - (peaks[0] - 8 * each)) / each))
+    room = 0.9 * (free + torch.cuda.memory_reserved(device)) - peaks[1]
+    return min(too_large - 1, max(0, sizes[1] + int(room / each)))

@@ -1,11 +1,17 @@
 """How a process ends early: a user's mistake or a signal, in one line on stderr, no traceback."""
 
+import logging
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+
+import torch
+
+STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 class UserError(Exception):
@@ -40,7 +46,8 @@ class Stopped(Exception):
 class StopSignals:
     """Within the block the first SIGTERM or SIGINT is noted, the second ends the process at once.
 
-    A pre-emption by SLURM is a SIGTERM.
+    A pre-emption by SLURM is a SIGTERM. A thread reads the signals: Python's own handlers wait for
+    the main thread, which a backward pass keeps for a whole step.
     """
 
     received: int | None = None
@@ -48,18 +55,29 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+            reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._fd = signal.set_wakeup_fd(self._writer.fileno())
+            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+            for number in STOP:
+                self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._fd)
+            self._writer.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+    def _listen(self, reader: socket.socket) -> None:
+        with reader:
+            while number := reader.recv(1):  # empty: the block has ended
+                if number[0] not in STOP:
+                    continue
+                if self.received is not None:
+                    os._exit(128 + number[0])
+                self.received = number[0]
 
     def check(self) -> None:
         """Raise Stopped if there was a signal."""
@@ -70,12 +88,17 @@ class StopSignals:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn these into one line on stderr and an exit code; a bug keeps its traceback."""
+    logging.raiseExceptions = False  # on a full disk the terminal has what the log has not
     try:
         yield
     except UserError as error:
         _end("error: " + " ".join(str(error).split()), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
+    except torch.OutOfMemoryError as error:
+        _end(f"error: out of memory: lower batch_size ({str(error).split('. ')[0]})", 1)
+    except OSError as error:
+        _end(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         _end("stopped by SIGINT", 128 + signal.SIGINT)
 

@@ -52,7 +52,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _size(n: int) -> str:
-    return f"{n / 1e6:,.1f} MB"
+    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
 
 
 def _free(folder: Path) -> str:
@@ -83,6 +83,11 @@ def locked(folder: Path, name: str) -> Iterator[None]:
             raise UserError(
                 f"{folder} is in use by another {name}.py ({file.read().strip()}): wait for it, "
                 "or choose another folder with hydra.run.dir=PATH"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked ({error.strerror}): choose a folder on another file "
+                "system with hydra.run.dir=PATH"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

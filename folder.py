@@ -69,8 +69,8 @@ def _refuse_unreadable(error: OSError) -> None:
 def _refuse_link(path: Path, within: Path) -> None:
     """Raise UserError for a symbolic link that leads out of `within`, or nowhere."""
     if path.is_symlink():
-        target = path.resolve()
-        if not target.exists() or not target.is_relative_to(within.resolve()):
+        target = Path(os.path.realpath(path))
+        if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
             raise UserError(f"{path} is a link out of {within}, or to nothing: copy what is meant")
 
 

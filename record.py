@@ -15,7 +15,7 @@ from checkpoint import checkpoint_name, save_checkpoint
 from errors import Stopped, UserError
 from files import move_aside, write_file
 from metrics import collapsed
-from state import Found, Training, restore, save_state, versions
+from state import Found, Training, commit, restore, save_state, versions
 
 log = logging.getLogger("simclr")
 
@@ -36,10 +36,12 @@ class Record:
         log_interval: int,
         save_minutes: float,
     ) -> None:
-        """config: what is kept with weights and state, plain data; images: their `fingerprint`."""
+        """config: what is kept with weights and state, plain data; images: their fingerprint."""
         self.folder, self.config, self.images = folder, config, images
         self.log_interval, self.save_minutes = log_interval, save_minutes
         self.board = Board(folder)
+        self.commit = commit()
+        self.keep = True  # the state that is there, as the previous one
         self.saved_at = time.monotonic()
         self.unwritten: dict[str, str] = {}  # what could not be written the last time, and why
 
@@ -50,41 +52,48 @@ class Record:
         """
         if found is not None:
             restore(training, found.path, found.content, self.images)
-            log.info(self._where(training, found))
+            self.keep = not found.problems  # a damaged state does not take a good one's place
+            log.info(_where(training, found))
+            self._write("metrics", write_metrics, self.folder, training.history)
         else:
             if start_over and (aside := move_aside(self.folder)) is not None:
                 log.info(f"moved the files of the run that was here to {aside}")
             self.write_state(training)
             self.check()
-        self.board.epoch = training.epoch
         write_file(self.folder / "config.yaml", OmegaConf.to_yaml(self.config).encode())
-        if training.history:
-            self.write_metrics(training)
-        if self.is_complete(training) and not self.weights(training.epoch).exists():
-            self.write_weights(training)
 
     def end_epoch(self, training: Training) -> None:
-        """Write what is due after an epoch. Raises UserError if the last is not on disk."""
+        """Write what is due after an epoch."""
         shape = self.config["batch_size"], self.config["projection_dim"]
         before, now = training.history[:-1], training.history[-1]
         if collapsed(now, *shape) and not any(collapsed(line, *shape) for line in before):
             log.warning(COLLAPSED, training.epoch, self.config["learning_rate"])
-        self.write_metrics(training)
-        last = self.is_complete(training)
+        if self._write("metrics", write_metrics, self.folder, training.history):
+            self._write("board", self.board.write, training.history)
+        last = training.epoch == self.config["epochs"]
         if last or training.epoch % self.log_interval == 0:
-            self.write_weights(training)
+            path = self.folder / checkpoint_name(self.config["backbone"], training.epoch)
+            what = training.model.state_dict(), self.config, training.epoch
+            self._write("weights", save_checkpoint, path, *what)
         # after the weights: where the state is complete, they are there
         if last or time.monotonic() - self.saved_at >= 60 * self.save_minutes:
             self.write_state(training)
-        if last:
-            self.check()
+
+    def write_state(self, training: Training) -> bool:
+        """The state to go on from; returns whether it is on disk."""
+        what = training, self.images, self.config, self.commit, self.keep
+        written = self._write("state", save_state, self.folder, *what)
+        if written:
+            self.keep, self.saved_at = True, time.monotonic()
+        return written
 
     def stopped(self, training: Training, number: int, steps: int) -> Stopped:
         """Save the state after a signal; returns what to say."""
         where = f" in epoch {training.epoch + 1} after {len(training.found)} of {steps} steps"
-        if self.write_state(training):
-            return Stopped(number, f"{where}, which is saved: the same command goes on from there")
-        return Stopped(number, f"{where}; {self.unwritten['state']}; the state before it is kept")
+        if not self.write_state(training):
+            return Stopped(number, f"{where}; {self.unwritten['state']}; the state before is kept")
+        command = "same command" + ("" if self.config["resume"] else ", without resume=false,")
+        return Stopped(number, f"{where}, which is saved: the {command} goes on from there")
 
     def failed(
         self, training: Training, values: dict[str, float], step: int, learning_rate: float
@@ -108,32 +117,6 @@ class Record:
             f"temperature ({self.config['temperature']:g}) or precision=fp32"
         )
 
-    def write_metrics(self, training: Training) -> None:
-        """metrics.jsonl, all of it so that no crash cuts a line (0.4 MB at most), TensorBoard."""
-        lines = "".join(json.dumps(line) + "\n" for line in training.history)
-        if self._write("metrics", write_file, self.folder / "metrics.jsonl", lines.encode()):
-            self._write("board", self.board.write, training.history)
-
-    def write_weights(self, training: Training) -> None:
-        """The checkpoint for simclr_lin.py and plot.py."""
-        path = self.weights(training.epoch)
-        self._write("weights", save_checkpoint, path, training.model, self.config, training.epoch)
-
-    def write_state(self, training: Training) -> bool:
-        """The state to go on from; returns whether it is on disk."""
-        written = self._write("state", save_state, self.folder, training, self.images, self.config)
-        if written:
-            self.saved_at = time.monotonic()
-        return written
-
-    def weights(self, epoch: int) -> Path:
-        """The path of the weights after an epoch."""
-        return self.folder / checkpoint_name(self.config["backbone"], epoch)
-
-    def is_complete(self, training: Training) -> bool:
-        """Whether all epochs are done."""
-        return training.epoch == self.config["epochs"]
-
     def check(self) -> None:
         """Raise UserError if something is not on disk now."""
         if self.unwritten:
@@ -143,44 +126,71 @@ class Record:
         """End TensorBoard's file."""
         self.board.close()
 
-    def _where(self, training: Training, found: Found) -> str:
-        instead = f" ({'; '.join(found.problems)})" if found.problems else ""
-        if self.is_complete(training):
-            return (
-                f"{self.folder} holds this run, complete with {training.epoch} epochs{instead}: "
-                "simclr_lin.py evaluates it, resume=false starts over"
-            )
-        then, now = found.content["versions"], versions()
-        other = [f"{name} {then.get(name)}" for name in now if then.get(name) != now[name]]
-        rounding = f"; saved with {', '.join(other)}: rounding may differ" if other else ""
-        return (
-            f"goes on from {found.path}{instead}: {training.epoch} of {self.config['epochs']} "
-            f"epochs and {len(training.found)} steps are done{rounding}"
-        )
-
     def _write(self, name: str, write: Callable[..., object], *arguments: Any) -> bool:
         self.unwritten.pop(name, None)
         try:
             write(*arguments)
         except UserError as error:
             self.unwritten[name] = str(error)
-            log.warning(f"warning: {error}; the run goes on")
+            log.warning(f"warning: {error}")
         return name not in self.unwritten
+
+
+def _where(training: Training, found: Found) -> str:
+    instead = f" ({'; '.join(found.problems)})" if found.problems else ""
+    then = {**found.content["versions"], "device": found.content["random"]["device"]}
+    now = {**versions(), "device": training.rng.device.type}
+    other = [f"{name} {then.get(name)}" for name in now if then.get(name) != now[name]]
+    change = f"; saved with {', '.join(other)}: the same only up to rounding" if other else ""
+    if "device" in change:
+        change += ", and with other views"
+    done = f"{training.epoch} epochs and {len(training.found)} steps are done"
+    return f"goes on from {found.path}{instead}: {done}{change}"
+
+
+def complete(folder: Path, found: Found) -> dict[str, float | None]:
+    """Say that the run in `folder` is complete, write again what of it is missing.
+
+    Returns the metrics of its last epoch. Raises UserError where something can't be written.
+    """
+    saved = found.content
+    path = folder / checkpoint_name(saved["config"]["backbone"], saved["epoch"])
+    if not path.exists():
+        save_checkpoint(path, saved["model"], saved["config"], saved["epoch"])
+    write_metrics(folder, saved["history"])
+    log.info(
+        f"{folder} holds this run, complete with {saved['epoch']} epochs: simclr_lin.py evaluates "
+        "it, resume=false starts over"
+    )
+    say_end(saved["history"][-1], path)
+    return saved["history"][-1]
+
+
+def say_end(line: dict[str, float | None], path: Path) -> None:
+    """The last line of metrics.jsonl in words; path: of the weights."""
+    knn = "" if line["knn_acc"] is None else f", kNN {line['knn_acc']:.1%} (training images)"
+    log.info(
+        f"epoch {line['epoch']}: loss {line['loss']:.4f}, contrastive accuracy "
+        f"{line['contrastive_accuracy']:.1%}{knn}; saved {path}"
+    )
+
+
+def write_metrics(folder: Path, history: list[dict[str, float | None]]) -> None:
+    """Write `folder`/metrics.jsonl, all of it, so that no crash cuts a line: 0.4 MB at most."""
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    write_file(folder / "metrics.jsonl", lines.encode())
 
 
 class Board:
     """The lines of metrics.jsonl for TensorBoard, each under its epoch."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.writer = folder, None
-        self.epoch = 0  # those it has; what a crash left beyond is hidden (purge_step)
+        self.folder, self.writer, self.epoch = folder, None, 0
 
     def write(self, history: list[dict[str, float | None]]) -> None:
         """Add what is new. Raises UserError if that can't be; the next call tries again."""
-        if len(history) == self.epoch:
-            return
         try:
-            if self.writer is None:
+            if self.writer is None:  # takes the place of files that an earlier process left
                 self.writer = SummaryWriter(self.folder, purge_step=self.epoch + 1)
             for line in history[self.epoch :]:
                 for name, value in line.items():

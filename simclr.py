@@ -24,8 +24,9 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from augment import draw, random_views
-from config import check_config, check_unchanged, register_config, run_folder
-from data import Split, check_batch_size, fingerprint, load_held_out, load_split
+from checkpoint import checkpoint_name
+from config import check_config, register_config, run_folder
+from data import Split, check_batch_size, load_pretraining
 from device import (
     autocast,
     check_compile,
@@ -42,8 +43,8 @@ from files import locked
 from metrics import alignment, epoch_means, is_finite, spread, uniformity
 from models import SimCLR, nt_xent
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
-from record import Record
-from state import Training, load_state
+from record import Record, complete, say_end
+from state import Training, check_unchanged, load_state
 
 log = logging.getLogger("simclr")
 
@@ -130,8 +131,7 @@ def train_steps(
 def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
     """Learning rate, and size of the views in pixels: functions of the step alone."""
     rate = cosine_learning_rate(step, total_steps, cfg.learning_rate, cfg.min_learning_rate)
-    size = view_size(step, total_steps, cfg.view_sizes) if cfg.view_sizes else cfg.image_size
-    return rate, size
+    return rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1.0]])
 
 
 def train_epoch(
@@ -180,34 +180,27 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
     check_compile(cfg.compile, device, cfg.activation_checkpointing)
     precision = precision_name(select_precision(cfg.precision, device))
     config = {**OmegaConf.to_container(cfg), "precision": precision}
-    with locked(out_dir, "simclr"), StopSignals() as stop:
+    with locked(out_dir, "simclr"):
         found = load_state(out_dir) if cfg.resume else None
         if found is not None:
             check_unchanged(found.content["config"], config, found.path)
-        split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
-        check_batch_size(cfg.batch_size, len(split.images))
-        digest, split = fingerprint(split.images), split.to(device)
-        knn = None
-        if cfg.knn_interval:
-            knn = load_held_out(cfg.dataset, cfg.data_dir, cfg.image_size, split)
-        training = start_training(cfg, device, cfg.epochs * (len(split.images) // cfg.batch_size))
-        record = Record(out_dir, config, digest, cfg.log_interval, cfg.save_minutes)
-        with closing(record):
+            if found.content["epoch"] == cfg.epochs:
+                return complete(out_dir, found)
+        where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
+        images, fingerprint, knn = load_pretraining(*where, knn=cfg.knn_interval > 0)
+        check_batch_size(cfg.batch_size, len(images))
+        training = start_training(cfg, device, cfg.epochs * (len(images) // cfg.batch_size))
+        record = Record(out_dir, config, fingerprint, cfg.log_interval, cfg.save_minutes)
+        with closing(record), StopSignals() as stop:
             record.begin(training, found, start_over=not cfg.resume)
             log.info(
-                f"{len(split.images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
+                f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
                 f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
             )
-            train(cfg, training, split.images, knn, record, stop)
-    metrics = training.history[-1]
-    knn_acc = metrics["knn_acc"]
-    log.info(
-        f"epoch {training.epoch}: loss {metrics['loss']:.4f}, contrastive accuracy "
-        f"{metrics['contrastive_accuracy']:.1%}"
-        f"{'' if knn_acc is None else f', kNN {knn_acc:.1%} (training images)'}"
-        f"; saved {record.weights(training.epoch)}"
-    )
-    return metrics
+            train(cfg, training, images, knn, record, stop)
+            record.check()
+    say_end(training.history[-1], out_dir / checkpoint_name(cfg.backbone, cfg.epochs))
+    return training.history[-1]
 
 
 def train(
@@ -243,10 +236,10 @@ def train(
         pass  # its traceback, which holds the tensors of the step, ends here
 
     def step_of(n: int) -> None:
-        size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1]])
+        size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1.0]])
         views = torch.rand(2 * n, 3, size, size, device=images.device)
-        model, optimizer, scaler = training.model, training.optimizer, training.scaler
-        train_step(model, optimizer, scaler, views, cfg.temperature, training.dtype)
+        scaler = torch.amp.GradScaler(images.device.type, enabled=training.scaler.is_enabled())
+        train_step(training.model, training.optimizer, scaler, views, 0.5, training.dtype)
 
     raise out_of_memory(step_of, images.device, cfg.batch_size, cfg.activation_checkpointing)
 

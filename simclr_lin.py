@@ -14,6 +14,7 @@ the terminal, to simclr_lin.log, results.json and results.md.
 import csv
 import io
 import logging
+import os
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
@@ -102,7 +103,7 @@ def predict(
     """
     device = select_device(cfg.device)
     saved, size = open_checkpoint(cfg, checkpoint, given)
-    folder = Path(cfg.predict).expanduser()
+    folder = Path(os.path.expanduser(cfg.predict))
     if not folder.is_dir():
         raise UserError(f"predict={cfg.predict}: there is no such folder")
     files, images = load_images(folder, size, cfg.workers)
@@ -207,7 +208,7 @@ def main(cfg: DictConfig) -> None:
         overrides = HydraConfig.get().overrides.task
         given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
         if cfg.checkpoint is not None:
-            checkpoint = Path(cfg.checkpoint).expanduser()
+            checkpoint = Path(os.path.expanduser(cfg.checkpoint))
         else:
             checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
         with locked(out_dir, "simclr_lin"):

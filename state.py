@@ -13,8 +13,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from checkpoint import FORMAT, is_whole, load_checkpoint, to_bytes
-from errors import UserError
+from checkpoint import FORMAT, Damaged, load_checkpoint, to_bytes
+from config import OF_EVALUATION
+from errors import ConfigError, UserError
 from files import OF_A_RUN, write_file
 from models import SimCLR
 
@@ -23,6 +24,14 @@ PARTS = {
     "order": (Tensor, type(None)), "found": list, "seconds": float, "history": list,
     "images": str, "config": dict, "versions": dict,
 }  # fmt: skip
+
+
+# What a run may go on with another value of: where and how it is computed, not what. Of the images
+# in data_dir a checksum is compared, of precision what `auto` stands for.
+MAY_CHANGE = (
+    "data_dir", "workers", "device", "compile", "activation_checkpointing", "log_interval",
+    "knn_interval", "save_minutes", "resume", *OF_EVALUATION,
+)  # fmt: skip
 
 
 @dataclass
@@ -49,10 +58,17 @@ class Training:
         self.order, self.found, self.seconds = None, [], 0.0
 
 
-def save_state(folder: Path, training: Training, images: str, config: dict[str, Any]) -> None:
-    """Write simclr_<backbone>_last.pt; the state before it becomes simclr_<backbone>_previous.pt.
+def save_state(
+    folder: Path,
+    training: Training,
+    images: str,
+    config: dict[str, Any],
+    commit: str | None = None,
+    keep: bool = True,
+) -> None:
+    """Write simclr_<backbone>_last.pt; if `keep`, the one before is simclr_<backbone>_previous.pt.
 
-    images: `fingerprint` of the training images. Takes about 8 bytes a weight on disk, twice.
+    images: fingerprint of the training images. Takes about 8 bytes a weight on disk, twice.
     Raises UserError, and leaves both as they are, where it can't be written.
     """
     content = {
@@ -69,12 +85,11 @@ def save_state(folder: Path, training: Training, images: str, config: dict[str, 
         "images": images,
         "config": config,
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit,
     }
     backbone = config["backbone"]
     last, previous = (folder / f"simclr_{backbone}_{name}.pt" for name in ("last", "previous"))
-    # a damaged one, that the run was not resumed from, must not take the place of a good one
-    write_file(last, to_bytes(content), previous=previous if is_whole(last) else None)
+    write_file(last, to_bytes(content), previous if keep else None)
 
 
 class Found(NamedTuple):
@@ -88,16 +103,16 @@ class Found(NamedTuple):
 def load_state(folder: Path) -> Found | None:
     """The newest state in `folder` that is not damaged; None if the folder holds no run at all.
 
-    Raises UserError if it holds one that cannot be continued.
+    Raises UserError if it holds one that cannot be continued, or of a newer version.
     """
     states = [path for name in ("last", "previous") for path in folder.glob(f"simclr_*_{name}.pt")]
-    problems = ["simclr_<backbone>_last.pt is missing"]
-    if states and states[0].name.endswith("_last.pt"):
-        problems.clear()
+    problems = []
+    if not (states and states[0].name.endswith("_last.pt")):
+        problems.append("simclr_<backbone>_last.pt is missing")
     for path in states:
         try:
-            return Found(path, load_checkpoint(path, PARTS), problems)
-        except UserError as error:
+            return Found(path, load_checkpoint(path, PARTS, state=True), problems)
+        except Damaged as error:
             problems.append(str(error))
     if not any(path for pattern in OF_A_RUN[:3] for path in folder.glob(pattern)):
         return None
@@ -107,10 +122,24 @@ def load_state(folder: Path) -> Found | None:
     )
 
 
+def check_unchanged(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError if `new` differs from `old`, the config of the state in `path`, in a key
+    that is not among MAY_CHANGE: what went on would not be the same run."""
+    absent = "absent"
+    keys = [key for key in {**new, **old} if key not in MAY_CHANGE]
+    changed = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
+    if changed:
+        pairs = (f"{key}={new.get(key, absent)} (was {old.get(key, absent)})" for key in changed)
+        raise ConfigError(
+            f"{', '.join(pairs)}: must be as in {path} to go on from there; resume=false starts "
+            "over and moves its files aside, hydra.run.dir=PATH starts in another folder"
+        )
+
+
 def restore(training: Training, path: Path, saved: dict[str, Any], images: str) -> None:
     """Put `training` where it was when `saved` was written to `path`.
 
-    images: `fingerprint` of the training images. On another kind of device, whose generator is
+    images: fingerprint of the training images. On another kind of device, whose generator is
     another, the views and the order follow anew from the seed and the epoch. Raises UserError if
     the images or the weights are others.
     """
@@ -144,9 +173,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The git commit of this code, "-dirty" where it was changed; None where git can't tell."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     try:
         prefix = subprocess.run(
             [*git, "rev-parse", "--show-prefix"], capture_output=True, text=True

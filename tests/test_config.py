@@ -103,7 +103,7 @@ BAD = [
     ("protocols", "[knn,knn]", "a list, […], of one of knn"),
     ("protocols", "[supervised]", "one of knn, linear"),
     ("baselines", "[supervised]", "a list, [] or […], of one of random, pixels"),
-    ("labels", "0", "null, or a number above 0 and below 1, or an integer from 1 up"),
+    ("labels", "0", "null, or a number above 0 and below 1, or an integer from 1 to 1000000000"),
     ("labels", "1.0", "null, or a number above 0 and below 1"),
     ("labels", "2.5", "null, or a number above 0 and below 1"),
     ("runs", "0", "integer from 1"),

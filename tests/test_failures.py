@@ -19,6 +19,7 @@ import device
 import record
 import simclr
 from checkpoint import load_checkpoint
+from data import load_split
 from errors import Stopped, StopSignals, UserError, one_line_errors
 from state import PARTS
 
@@ -78,7 +79,7 @@ def test_failure_json_names_the_images_of_the_step(cfg, tmp_path, at_step, monke
     with pytest.raises(UserError, match=r"lower learning_rate .*temperature .*precision=fp32"):
         simclr.pretrain(cfg(), tmp_path)
     failure = json.loads((tmp_path / "failure.json").read_text())
-    images = simclr.load_split("folder", cfg().data_dir, "pretrain", 8).images
+    images = load_split("folder", cfg().data_dir, "pretrain", 8).images
     assert torch.equal(seen[4][:8], images[failure["batch"]])
     rate = simclr.cosine_learning_rate(4, 9, cfg().learning_rate, cfg().min_learning_rate)
     assert failure["learning_rate"] == rate and failure["loss"] == "inf"
@@ -145,6 +146,16 @@ def test_a_full_disk_is_said_and_the_run_goes_on_and_saves_when_there_is_room(
     assert last_state(tmp_path)["epoch"] == 3 and len(last_state(tmp_path)["history"]) == 3
 
 
+def test_a_complete_run_whose_weights_cannot_be_written_again_is_an_error(cfg, tmp_path):
+    simclr.pretrain(cfg(), tmp_path)
+    (tmp_path / "simclr_resnet18_epoch3.pt").unlink()
+    with (
+        file_size_limit(50_000),
+        pytest.raises(UserError, match=r"epoch3\.pt could not be written"),
+    ):
+        simclr.pretrain(cfg(), tmp_path)
+
+
 def test_a_run_whose_end_is_not_on_disk_is_an_error(cfg, tmp_path, monkeypatch):
     """With the state before it intact, so that the same command ends it when there is room."""
     end_epoch = record.Record.end_epoch
@@ -167,7 +178,7 @@ def test_a_run_whose_end_is_not_on_disk_is_an_error(cfg, tmp_path, monkeypatch):
 def test_no_room_for_the_first_state_ends_the_run_before_it_begins(cfg, tmp_path):
     with file_size_limit(50_000), pytest.raises(UserError, match=r"last\.pt could not be written"):
         simclr.pretrain(cfg(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir() if "simclr" in path.name] == [".simclr.lock"]
+    assert {path.name for path in tmp_path.iterdir()} == {".simclr.lock", "images"}
 
 
 def test_tensorboard_on_a_full_disk_is_said_and_caught_up_with(cfg, tmp_path, monkeypatch, caplog):
@@ -213,8 +224,14 @@ class Memory:
 
 def test_the_largest_batch_is_estimated_from_two_small_steps(monkeypatch):
     gpu = torch.device("cuda")
-    assert device.largest_batch(Memory(monkeypatch, 10_000, 1_000, 10).step, gpu) == 800
-    assert device.largest_batch(Memory(monkeypatch, 10_000, 1_000, 1000).step, gpu) == 0
+    for total, fixed, each, too_large, expected in (
+        (10_000, 1_000, 10, 4096, 0),  # even an eighth of it is too much
+        (10_000, 1_000, 10, 2048, 800),  # 0.9 · 10,000 = 1,000 + 10 · 800
+        (10_000, 1_000, 10, 512, 511),  # never more than what has just failed
+        (10_000, 1_000, 0, 512, 0),  # the peaks do not tell
+    ):
+        step = Memory(monkeypatch, total, fixed, each).step
+        assert device.largest_batch(step, gpu, too_large) == expected
 
 
 @pytest.mark.parametrize("recompute", ["true", "false"])
@@ -229,23 +246,23 @@ def test_out_of_memory_is_one_line_with_what_would_fit(cfg, tmp_path, monkeypatc
     config = cfg("batch_size=24", f"activation_checkpointing={recompute}")
     with pytest.raises(UserError) as error:
         simclr.pretrain(config, tmp_path)
-    assert "out of memory on toy GPU with batch_size=24: batch_size=16 would fit" in str(
-        error.value
-    )
+    assert "out of memory on toy GPU, batch_size=24: take" in str(error.value)
+    assert "resume=false batch_size=16, which would fit by estimate" in str(error.value)
     named = "activation_checkpointing=true" in str(error.value)
     assert named == (recompute == "false")
 
 
-def test_a_first_signal_is_noted_and_a_second_has_its_usual_effect():
+def test_a_first_signal_is_noted_and_the_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals() as stop:
         stop.check()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+        for _ in range(100):
+            time.sleep(0.01 if stop.received is None else 0)
         with pytest.raises(Stopped, match="stopped by SIGTERM"):
             stop.check()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_ctrl_c_before_and_after_training_is_one_line_too(capsys):
@@ -254,7 +271,36 @@ def test_ctrl_c_before_and_after_training_is_one_line_too(capsys):
     assert end.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
 
 
-def test_an_epoch_that_no_signal_ends_is_whole(cfg):
+def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        (tmp_path / ("x" * 300)).read_text()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.endswith("xxx: File name too long\n")
+    with pytest.raises(SystemExit), one_line_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
+    assert capsys.readouterr().err == (
+        "error: out of memory: lower batch_size (CUDA out of memory)\n"
+    )
+
+
+def test_a_log_on_a_full_disk_is_no_traceback(tmp_path):
+    log = "hydra.job_logging.handlers.file.filename=/dev/full"
+    process = start(tmp_path, "epochs=1", log)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "Traceback" not in error and "Logging" not in error
+
+
+def test_nothing_is_made_of_a_run_that_is_ended_before_it_begins(cfg, tmp_path, monkeypatch):
+    """Ctrl-C while images are read: there is nothing to save yet."""
+    monkeypatch.setattr(
+        simclr, "load_pretraining", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        simclr.pretrain(cfg(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".simclr.lock", "images"}
+
+
+def test_after_a_signal_no_step_is_begun(cfg):
     training = simclr.start_training(cfg(), torch.device("cpu"), 3)
     images = torch.zeros(24, 3, 8, 8, dtype=torch.uint8)
     stop = StopSignals()
@@ -299,12 +345,14 @@ def test_a_signal_ends_the_process_with_128_and_its_number_in_one_line(tmp_path,
 
 def test_a_second_signal_ends_the_process_at_once_and_the_state_is_whole(tmp_path):
     run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
-    process = start(tmp_path, "batch_size=1437", "knn_interval=1")  # one step an epoch, of seconds
-    wait_for(run / "metrics.jsonl", process)
+    process = start(tmp_path, "image_size=48", "batch_size=1437")  # a step of half a minute
+    wait_for(run / "config.yaml", process)
+    time.sleep(2)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.5)
+    assert process.poll() is None
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGTERM, 143) and time.monotonic() - sent < 5
-    assert last_state(run)["epoch"] >= 0
+    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - sent < 5
+    assert last_state(run)["epoch"] == 0 and not last_state(run)["found"]

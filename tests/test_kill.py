@@ -28,9 +28,10 @@ def ask(tmp_path, write_images):
     config = ["dataset=folder", f"data_dir={data}", "image_size=8", "batch_size=8", "device=cpu",
               f"epochs={EPOCHS}", "projection_dim=8", "hidden_dim=16", "save_minutes=0",
               "knn_interval=3", "log_interval=2"]  # fmt: skip
+    errors = open(tmp_path / "stderr", "w")  # noqa: SIM115
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "tests" / "killed_run.py"), str(tmp_path), *config],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
     )  # fmt: skip
 
@@ -38,12 +39,13 @@ def ask(tmp_path, write_images):
         process.stdin.write(json.dumps(wanted) + "\n")
         process.stdin.flush()
         answer = process.stdout.readline()
-        assert answer, process.stderr.read()
+        assert answer, (tmp_path / "stderr").read_text()
         return json.loads(answer)
 
     yield ask
     process.kill()
     process.communicate()
+    errors.close()
 
 
 def test_kills_at_any_moment_leave_a_run_that_ends_bit_identical(ask, tmp_path):

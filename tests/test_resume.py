@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been: bit for bit on a CPU, or not at all."""
 
+import ast
 import io
 import json
 import os
@@ -7,6 +8,8 @@ import random
 import shutil
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ import record
 import simclr
 import state
 from checkpoint import load_checkpoint, load_encoder, to_bytes
-from config import MAY_CHANGE, RULES
+from config import OF_EVALUATION, RULES
 from errors import ConfigError, Stopped, UserError
 
 TIMED = "views_per_second", "seconds"
@@ -51,6 +54,7 @@ def run(thin, toy, tmp_path, monkeypatch):
         def counted(*args):
             if next(count) == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)  # until the thread that listens has noted it
             return step(*args)
 
         monkeypatch.setattr(simclr, "train_step", counted)
@@ -63,7 +67,7 @@ def run(thin, toy, tmp_path, monkeypatch):
             with pytest.raises(Stopped) as stopped:
                 simclr.pretrain(cfg, folder)
             assert stopped.value.exit_code == 143
-            assert "the same command goes on from there" in str(stopped.value)
+            assert "the same command goes on from there" in str(stopped.value), stopped.value
         return folder
 
     return pretrain
@@ -146,6 +150,7 @@ def test_a_signal_during_knn_ends_it_and_it_is_done_after_the_resume(run, monkey
         called.append(args)
         if len(called) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
         return knn(*args)
 
     monkeypatch.setattr(simclr, "held_out_knn", interrupted)
@@ -204,7 +209,7 @@ def test_the_same_command_says_where_it_goes_on(run, caplog):
     run("run", stop=5)
     with caplog.at_level("INFO"):
         run("run")
-    assert "simclr_resnet18_last.pt: 1 of 3 epochs and 2 steps are done" in caplog.text
+    assert "simclr_resnet18_last.pt: 1 epochs and 2 steps are done" in caplog.text
     assert "rounding" not in caplog.text
 
 
@@ -214,7 +219,7 @@ def test_another_version_of_torch_is_said(run, caplog, monkeypatch):
         run("run", stop=5)
     with caplog.at_level("INFO"):
         run("run")
-    assert "saved with torch 1.0: rounding may differ" in caplog.text
+    assert "saved with torch 1.0: the same only up to rounding" in caplog.text
 
 
 def test_a_state_says_what_wrote_it(run):
@@ -232,9 +237,9 @@ def test_a_repository_around_this_one_is_not_taken_for_it(tmp_path, monkeypatch)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "inside").mkdir()
     monkeypatch.setattr(state, "__file__", str(tmp_path / "inside" / "state.py"))
-    assert state._commit() is None
+    assert state.commit() is None
     monkeypatch.setenv("PATH", "")
-    assert state._commit() is None
+    assert state.commit() is None
 
 
 @pytest.mark.parametrize(
@@ -259,7 +264,7 @@ def test_another_config_is_refused_with_both_values_and_the_ways_on(run, overrid
 
 
 def test_what_may_change_may_change(run):
-    """Where and how it is computed, not what; knn_interval and log_interval, what is looked at."""
+    """Where and how it is computed, not what; and what is looked at."""
     whole = run("whole")
     run("stopped", stop=4)
     changes = ["workers=2", "save_minutes=0", "runs=3", "compile=false", "log_interval=3",
@@ -268,7 +273,19 @@ def test_what_may_change_may_change(run):
     assert lines(found) == lines(whole)
     assert OmegaConf.load(found / "config.yaml").workers == 2
     saved = load_checkpoint(found / "simclr_resnet18_last.pt", state.PARTS)
-    assert saved["config"]["workers"] == 2 and set(MAY_CHANGE) < set(RULES)
+    assert saved["config"]["workers"] == 2 and set(state.MAY_CHANGE) < set(RULES)
+
+
+def test_all_that_pretraining_does_not_read_may_change():
+    tree = ast.parse((REPOSITORY / "simclr.py").read_text())
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert set(OF_EVALUATION) == {key for key in RULES if key not in read}
+    for key in RULES:
+        if key in state.MAY_CHANGE:
+            state.check_unchanged({key: 1}, {key: 2}, Path("state"))
+        else:
+            with pytest.raises(ConfigError, match=f"{key}=2 .was 1."):
+                state.check_unchanged({key: 1}, {key: 2}, Path("state"))
 
 
 def test_other_images_are_refused(run, write_images, tmp_path):
@@ -362,10 +379,13 @@ def test_a_damaged_state_is_left_for_the_one_before_it(run, damage, caplog):
     with caplog.at_level("INFO"):
         run("run", "save_minutes=0", stop=5)
     assert "goes on from" in caplog.text and "previous.pt" in caplog.text
-    reason = {"foreign": "has no model", "tampered": "the checksum of", "missing": "is missing"}
+    reason = {
+        "tampered": "its checksum is wrong",
+        "missing": "is missing",
+    }
     assert reason.get(damage, "damaged or no checkpoint") in caplog.text
     if damage == "missing":
-        assert "1 of 3 epochs and 0 steps" in caplog.text
+        assert "1 epochs and 0 steps" in caplog.text
     assert outcome(run("run", "save_minutes=0"))[0] == outcome(whole)[0]
 
 
@@ -376,7 +396,7 @@ def saved_bytes(path):
 
 def test_a_damaged_state_never_takes_the_place_of_a_good_one(run):
     folder = run("run", "save_minutes=0", stop=5)
-    (folder / "simclr_resnet18_last.pt").write_bytes(b"damaged")
+    torch.save({"weights": torch.zeros(3)}, folder / "simclr_resnet18_last.pt")
     good = (folder / "simclr_resnet18_previous.pt").read_bytes()
     run("run", "save_minutes=0", stop=1)
     assert (folder / "simclr_resnet18_previous.pt").read_bytes() == good
@@ -396,17 +416,30 @@ def test_a_state_of_other_weights_is_refused(run):
         path = folder / f"simclr_resnet18_{name}.pt"
         saved = torch.load(path, weights_only=True)
         del saved["model"]["projector.2.weight"]
-        torch.save(saved, path)
+        path.write_bytes(to_bytes(saved))
     with pytest.raises(UserError, match=r"last\.pt does not fit its config .*projector\.2\.weight"):
         run("run")
 
 
-def test_a_state_from_the_future_is_refused(run, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(state, "FORMAT", 2)
-        run("run", stop=5)
-    with pytest.raises(UserError, match="has format 2, this version reads 1"):
-        run("run")
+def test_a_state_from_the_future_is_refused_though_the_one_before_could_be_read(run):
+    path = run("run", "save_minutes=0", stop=5) / "simclr_resnet18_last.pt"
+    path.write_bytes(to_bytes({"format": 2, "another": "content"}))
+    with pytest.raises(UserError, match=r"last\.pt has format 2, this version reads 1"):
+        run("run", "save_minutes=0")
+
+
+def test_a_state_that_was_changed_and_saved_by_torch_is_refused(run):
+    path = run("run", "save_minutes=0", stop=5) / "simclr_resnet18_last.pt"
+    torch.save({**torch.load(path, weights_only=True), "epoch": 2}, path)
+    with pytest.raises(UserError, match="its checksum is wrong or missing"):
+        load_checkpoint(path, state.PARTS, state=True)
+
+
+def test_a_signal_to_a_run_that_starts_over_says_what_goes_on(run):
+    folder = run("run")
+    with pytest.raises(AssertionError, match="the same command, without resume=false, goes on"):
+        run("run", "resume=false", stop=5)
+    assert lines(run("run"))[-1]["epoch"] == 3 and (folder / "old-1").is_dir()
 
 
 def test_a_state_can_be_evaluated(run):
