@@ -28,15 +28,20 @@ def register_config() -> None:
     """Give Hydra the YAML under the name `simclr_config`.
 
     Hydra 1.2 and later look for `.yaml` only; a node in the ConfigStore is found whatever its
-    file is called. `per_256` is the linear scaling rule of the learning rate (App. B.1), which
-    OmegaConf, having no arithmetic, cannot write itself.
+    file is called. `per_256` and `times_root` are the linear and the square-root scaling rule of
+    the learning rate (App. B.1), which OmegaConf, having no arithmetic, cannot write itself.
     """
     OmegaConf.register_new_resolver("per_256", _per_256, replace=True)
+    OmegaConf.register_new_resolver("times_root", _times_root, replace=True)
     ConfigStore.instance().store(name="simclr_config", node=OmegaConf.load(CONFIG_FILE))
 
 
 def _per_256(base: float, batch_size: int) -> float:
     return base * batch_size / 256
+
+
+def _times_root(base: float, batch_size: int) -> float:
+    return base * math.sqrt(batch_size)
 
 
 def _one_of(names: tuple[str, ...]) -> Rule:
@@ -140,6 +145,7 @@ RULES: dict[str, Rule] = {
     "compile": _either(AUTO, _true_or_false()),
     "activation_checkpointing": _true_or_false(),
     "batch_size": _integer(2),  # a batch of one has no negatives
+    "micro_batch_size": _either(NULL, _integer(1)),
     "epochs": _integer(1),
     "log_interval": _integer(1),
     "knn_interval": _integer(0),
@@ -148,6 +154,7 @@ RULES: dict[str, Rule] = {
     "temperature": _number(0, above=True),
     "optimizer": _one_of(OPTIMIZERS),
     "learning_rate": RATE,
+    "warmup_epochs": _integer(0),
     "min_learning_rate": _number(0),
     "momentum": _number(0, 1, below=True),
     "weight_decay": DECAY,
@@ -207,6 +214,10 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
                 f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights "
                 "and trains on no label; simclr_lin.py evaluates a checkpoint"
             )
+    if peak == "learning_rate" and cfg.warmup_epochs >= cfg.epochs:
+        raise ConfigError(
+            f"warmup_epochs={cfg.warmup_epochs}: must be less than epochs, which is {cfg.epochs}"
+        )
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
     if cfg.min_learning_rate > lowest:
         raise ConfigError(

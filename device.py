@@ -68,9 +68,7 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, found in PRECISIONS.items() if found == dtype)
 
 
-def select_compile(
-    choice: bool | str, device: torch.device, views: float, activation_checkpointing: bool
-) -> bool:
+def select_compile(choice: bool | str, device: torch.device, views: float, recompute: bool) -> bool:
     """Whether to use torch.compile in a run of so many views of 32×32: true, false, or `auto`.
 
     Each size of the views is compiled for itself, so that the rarest one decides. `auto` compiles
@@ -79,17 +77,17 @@ def select_compile(
     if choice != "auto":
         return bool(choice)
     long_enough = views >= COMPILE_PAYS.get(device.type, math.inf)
-    return long_enough and not activation_checkpointing and _missing_for_compile(device) is None
+    return long_enough and not recompute and _missing_for_compile(device) is None
 
 
-def check_compile(choice: bool | str, device: torch.device, activation_checkpointing: bool) -> None:
+def check_compile(choice: bool | str, device: torch.device, recompute: bool) -> None:
     """Raise ConfigError if compile=true is not possible on this device, or with recomputation."""
     if choice is not True:
         return
-    if activation_checkpointing:
+    if recompute:
         raise ConfigError(
-            "compile=true: must be false or auto with activation_checkpointing=true, whose "
-            "batch-norm bookkeeping torch.compile does not trace"
+            "compile=true: must be false or auto with activation_checkpointing=true or "
+            "micro_batch_size, whose batch-norm bookkeeping torch.compile does not trace"
         )
     if missing := _missing_for_compile(device):
         raise ConfigError(f"compile=true: must be false or auto without {missing}")

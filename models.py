@@ -104,6 +104,28 @@ def _buffers_restored(block: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
+def embed_in_parts(model: SimCLR, views: Tensor, micro_batch_size: int) -> Tensor:
+    """Projections z (2N, d) of views (2N, 3, S, S), rows i and N+i of image i: gradient caching.
+
+    Both views of `micro_batch_size` images at a time go through the model, once without keeping
+    activations, and again in the backward pass, when the gradient of the loss of all 2N is known.
+    Memory is that of one part, time a forward pass more. Batch norm takes the statistics of each
+    part, as several GPUs do that don't synchronise it, and counts each part once.
+    """
+    firsts, seconds = (half.split(micro_batch_size) for half in views.chunk(2))
+    z = []
+    for pair in zip(firsts, seconds, strict=True):
+        _, part = checkpoint(
+            model,
+            torch.cat(pair),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(_contexts, model),
+        )
+        z.append(part.chunk(2))
+    return torch.cat([first for first, _ in z] + [second for _, second in z])
+
+
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, Tensor]:
     """NT-Xent, Eq. 1 of the paper, averaged over all 2N views (Algorithm 1).
 

@@ -36,13 +36,14 @@ from torch import Tensor
 
 from augment import draw, random_views
 from checkpoint import find_checkpoint, load_encoder
-from config import OF_EVALUATION, check_values, register_config
+from config import check_values, register_config
 from data import Split, draw_stratified, load_split, resize
 from device import select_device, select_precision
 from errors import ConfigError, UserError, one_line_errors
 from evaluation import clean_features
 from files import write_file
 from metrics import read_metrics
+from state import MAY_CHANGE
 
 matplotlib.use("Agg")
 # Ten colours that differ for colour-blind readers too (Petroff 2021, arXiv 2107.02270, Table 1).
@@ -50,7 +51,6 @@ COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 RIGHT, WRONG = COLORS[0], COLORS[6]  # blue and orange
 MARKERS = "osD^vP*X<>"
-NO_SETTING = {"data_dir", "workers", "device", *OF_EVALUATION}  # in which runs may differ
 EMBEDDED = 2000  # test images in the t-SNE: more takes minutes and looks no different
 pyplot.rcParams.update({"font.size": 9, "axes.prop_cycle": pyplot.cycler(color=COLORS)})
 
@@ -67,7 +67,7 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
     configs = [cfg for cfg, _ in runs.values()]
     differing = [
         key for key in configs[0]
-        if key not in NO_SETTING and any(cfg[key] != configs[0][key] for cfg in configs)
+        if key not in MAY_CHANGE and any(cfg[key] != configs[0][key] for cfg in configs)
     ]  # fmt: skip
     for axis, (name, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
         for run, (cfg, metrics) in runs.items():

@@ -77,8 +77,13 @@ def table(rows: list[dict[str, Any]], settings: bool) -> str:
             f"{row['seconds']:.0f}",
         ]
         lines.append(cells + [_settings(row)] * settings)
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its head, padded so that it reads on a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 

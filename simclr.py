@@ -41,7 +41,7 @@ from errors import NotFinite, Stopped, StopSignals, one_line_errors
 from evaluation import held_out_knn
 from files import locked
 from metrics import alignment, epoch_means, is_finite, spread, uniformity
-from models import SimCLR, nt_xent
+from models import SimCLR, embed_in_parts, nt_xent
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 from record import Record, complete, say_end
 from state import Training, check_unchanged, load_state
@@ -56,6 +56,7 @@ def train_step(
     views: Tensor,
     temperature: float,
     dtype: torch.dtype,
+    micro_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
 
@@ -63,7 +64,10 @@ def train_step(
     float16 alone. Returns what metrics.jsonl calls by these names, detached scalars on the device.
     """
     with autocast(views.device, dtype):
-        _, z = model(views)  # h: 2N×D, z: 2N×d
+        if micro_batch_size is None:
+            _, z = model(views)  # h: 2N×D, z: 2N×d
+        else:
+            z = embed_in_parts(model, views, micro_batch_size)
     z1, z2 = z.chunk(2)  # N×d each
     loss, accuracy = nt_xent(z1, z2, temperature)
     optimizer.zero_grad()
@@ -97,7 +101,8 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     make_views = random_views
     sizes = cfg.view_sizes or [[cfg.image_size, 1.0]]
     views = 2 * cfg.batch_size * steps * min(share * (size / 32) ** 2 for size, share in sizes)
-    compiled = select_compile(cfg.compile, device, views, cfg.activation_checkpointing)
+    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
+    compiled = select_compile(cfg.compile, device, views, recompute)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
         make_views = torch.compile(random_views, dynamic=False)
@@ -125,12 +130,15 @@ def train_steps(
         )
         set_learning_rate(training.optimizer, learning_rate)
         model, optimizer, scaler = training.model, training.optimizer, training.scaler
-        yield train_step(model, optimizer, scaler, views, cfg.temperature, training.dtype)
+        settings = cfg.temperature, training.dtype, cfg.micro_batch_size
+        yield train_step(model, optimizer, scaler, views, *settings)
 
 
 def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
     """Learning rate, and size of the views in pixels: functions of the step alone."""
-    rate = cosine_learning_rate(step, total_steps, cfg.learning_rate, cfg.min_learning_rate)
+    ends = cfg.learning_rate, cfg.min_learning_rate
+    warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
+    rate = cosine_learning_rate(step, total_steps, *ends, warmup_steps)
     return rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1.0]])
 
 
@@ -177,7 +185,8 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
     finite, or the last state is not on disk in the end; Stopped after a signal, the state saved.
     """
     device = select_device(cfg.device)
-    check_compile(cfg.compile, device, cfg.activation_checkpointing)
+    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
+    check_compile(cfg.compile, device, recompute)
     precision = precision_name(select_precision(cfg.precision, device))
     config = {**OmegaConf.to_container(cfg), "precision": precision}
     with locked(out_dir, "simclr"):
@@ -239,7 +248,8 @@ def train(
         size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1.0]])
         views = torch.rand(2 * n, 3, size, size, device=images.device)
         scaler = torch.amp.GradScaler(images.device.type, enabled=training.scaler.is_enabled())
-        train_step(training.model, training.optimizer, scaler, views, 0.5, training.dtype)
+        settings = 0.5, training.dtype, cfg.micro_batch_size
+        train_step(training.model, training.optimizer, scaler, views, *settings)
 
     raise out_of_memory(step_of, images.device, cfg.batch_size, cfg.activation_checkpointing)
 
@@ -248,11 +258,14 @@ register_config()
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
-def main(cfg: DictConfig) -> None:
-    """Check the config, then pretrain in Hydra's run folder."""
+def main(cfg: DictConfig) -> float | None:
+    """Check the config, then pretrain in Hydra's run folder.
+
+    Returns what Hydra's sweepers optimise: the kNN accuracy of held-out training images.
+    """
     with one_line_errors():
         cfg = check_config(cfg, peak="learning_rate")
-        pretrain(cfg, run_folder())
+        return pretrain(cfg, run_folder())["knn_acc"]
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ BAD = [
     ("backbone", "''", "resnet18"),
     ("dataset", "imagenet", "cifar10, cifar100, stl10, digits, folder"),
     ("device", "tpu", "auto, cuda, mps, cpu"),
-    ("optimizer", "adam", "sgd"),
+    ("optimizer", "adam", "sgd, lars"),
     ("crop_scale", "[0,1]", "above 0 and at most 1"),
     ("crop_scale", "[0.5,1.2]", "above 0 and at most 1"),
     ("crop_scale", "[0.8,0.2]", "[smallest,largest]"),
@@ -81,6 +81,8 @@ BAD = [
     ("resume", "never", "true or false"),
     ("workers", "0", "integer from 1"),
     ("image_size", "4", "integer from 8"),
+    ("micro_batch_size", "0", "null, or an integer from 1"),
+    ("warmup_epochs", "-1", "integer from 0"),
     ("projection_dim", "0", "integer from 1"),
     ("hidden_dim", "x", "integer from 1"),
     ("hidden_dim", "99999999999999999999", "integer from 1 to 65536"),
@@ -158,6 +160,17 @@ def test_the_cosine_may_not_climb(config):
         ConfigError, match=r"min_learning_rate=0\.001: must be at most learning_rate"
     ):
         config("learning_rate=1e-4")
+
+
+def test_the_warm_up_ends_before_the_run(config):
+    config("epochs=11", "warmup_epochs=10")
+    with pytest.raises(ConfigError, match="warmup_epochs=10: must be less than epochs, which"):
+        config("epochs=10", "warmup_epochs=10")
+
+
+def test_the_square_root_rule(config):
+    cfg = config("batch_size=1024", "learning_rate='${times_root:0.075,${batch_size}}'")
+    assert cfg.learning_rate == pytest.approx(2.4)
 
 
 def test_an_unknown_key_is_refused(config):

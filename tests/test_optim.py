@@ -4,8 +4,10 @@ import itertools
 import math
 
 import pytest
+import timm.optim
 import torch
 
+from models import SimCLR
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 
 
@@ -35,13 +37,103 @@ def test_sgd_is_nesterov_with_weight_decay_on_every_parameter():
     assert weight.item() == pytest.approx(2.0 - 0.5 * (decayed + 0.9 * decayed))
 
 
+def step(optimizer, weight, gradient, rate):
+    set_learning_rate(optimizer, rate)
+    weight.grad = torch.as_tensor(gradient).clone()
+    optimizer.step()
+
+
+def test_lars_is_the_paper_s_step_by_hand():
+    """Two steps of Alg. 1, with another learning rate in the second: it belongs to the velocity."""
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = make_optimizer("lars", [weight], momentum=0.9, weight_decay=0.1)
+    w, v = [3.0, 4.0], [0.0, 0.0]
+    for rate, gradient in ((2.0, [1.0, 0.0]), (0.5, [0.0, -1.0])):
+        step(optimizer, weight, [gradient], rate)
+        g = [a + 0.1 * b for a, b in zip(gradient, w, strict=True)]
+        trust = 0.001 * math.hypot(*w) / math.hypot(*g)
+        v = [0.9 * a + rate * trust * b for a, b in zip(v, g, strict=True)]
+        w = [a - b for a, b in zip(w, v, strict=True)]
+        assert weight.detach()[0].tolist() == pytest.approx(w, rel=1e-6)
+
+
+def test_lars_leaves_biases_and_batch_norm_to_plain_momentum_whatever_they_are_called():
+    """By dimension: a substring misses downsample.1."""
+    encoder = SimCLR("resnet18", 8, 16)
+    optimizer = make_optimizer("lars", encoder.parameters(), momentum=0.9, weight_decay=0.1)
+    set_learning_rate(optimizer, 0.1)
+    before = {name: weight.detach().clone() for name, weight in encoder.named_parameters()}
+    for weight in encoder.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moved = {name: before[name] - weight.detach() for name, weight in encoder.named_parameters()}
+    assert moved["enc.layer2.0.downsample.1.weight"].dim() == 1
+    for name, change in moved.items():
+        if change.dim() == 1:  # without decay, at the full rate
+            torch.testing.assert_close(change, torch.full_like(change, 0.1))
+        else:
+            norms = before[name].norm() / (1 + 0.1 * before[name]).norm()
+            expected = 0.1 * 0.001 * norms * (1 + 0.1 * before[name])
+            torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_lars_moves_what_is_initialised_with_zeros():
+    """Pitfall 11: a trust ratio of 0 would keep it there for ever."""
+    for shape in ((3,), (2, 3)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = make_optimizer("lars", [weight], momentum=0.9, weight_decay=0.1)
+        step(optimizer, weight, torch.ones(shape), 0.5)
+        torch.testing.assert_close(weight.detach(), torch.full(shape, -0.5))
+    optimizer = make_optimizer("lars", [weight], momentum=0.9, weight_decay=0.0)
+    step(optimizer, weight, torch.zeros(shape), 0.5)  # nor is a gradient of 0 divided by
+    torch.testing.assert_close(weight.detach(), torch.full(shape, -0.5))
+
+
+def test_lars_agrees_with_timm_s():
+    """An implementation that shares no code with ours, at a constant rate: its rate is outside
+    the velocity. Its weight decay is in the denominator in another way, 1e-6 of it here."""
+    ours, theirs = (torch.nn.Linear(7, 5) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    groups = [
+        {"params": [theirs.weight], "weight_decay": 1e-6},
+        {"params": [theirs.bias], "weight_decay": 0.0},
+    ]
+    lars = timm.optim.Lars(groups, lr=0.3, momentum=0.9, trust_coeff=0.001)
+    mine = make_optimizer("lars", ours.parameters(), momentum=0.9, weight_decay=1e-6)
+    set_learning_rate(mine, 0.3)
+    for seed in range(10):
+        for layer in (ours, theirs):
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(seed))
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+        mine.step(), lars.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_lars_reads_nothing_back():
+    """On the meta device there are no values to read."""
+    weight = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
+    optimizer = make_optimizer("lars", [weight], momentum=0.9, weight_decay=0.1)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["momentum_buffer"].device.type == "meta"
+
+
+def test_the_warm_up_is_a_line_to_the_peak_and_the_cosine_follows():
+    rates = [cosine_learning_rate(step, 100, 0.6, 0.001, warmup_steps=10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.06 * (step + 1) for step in range(10)])
+    assert rates[10] == 0.6 and rates[-1] == pytest.approx(0.001)
+    assert rates[10:] == pytest.approx([cosine_learning_rate(s, 90, 0.6, 0.001) for s in range(90)])
+
+
 def test_momentum_may_be_zero():
     weight = torch.nn.Parameter(torch.zeros(1))
     assert make_optimizer("sgd", [weight], 0.0, 0.0).param_groups[0]["momentum"] == 0
 
 
 def test_an_unknown_optimizer_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"'adam'.*sgd"):
+    with pytest.raises(ValueError, match=r"'adam'.*sgd, lars"):
         make_optimizer("adam", [torch.nn.Parameter(torch.zeros(1))], 0.9, 0.0)
 
 

@@ -114,6 +114,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, views, stops):
     assert len(views) == 9 and all(map(torch.equal, views, seen))
 
 
+def test_lars_is_resumed_with_its_velocity(run):
+    settings = "optimizer=lars", "warmup_epochs=1", "learning_rate=4", "micro_batch_size=4"
+    whole = run("whole", *settings)
+    run("stopped", *settings, stop=5)
+    assert outcome(run("stopped", *settings)) == outcome(whole)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_is_resumed_with_its_scaler(run, precision):
     whole = run("whole", f"precision={precision}")

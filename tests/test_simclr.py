@@ -476,6 +476,87 @@ def test_recomputation_is_passed_on_and_gives_the_same_run(run, toy):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def no_batch_norm(model):
+    """The same network with batch norm replaced by a constant scale: no image sees another."""
+    for block in list(model.modules()):
+        for name, child in block.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(block, name, torch.nn.Identity())
+    return model
+
+
+def gradients(model, views, micro_batch_size, precision=torch.float32):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    found = simclr.train_step(model, optimizer, scaler, views, 0.5, precision, micro_batch_size)
+    return found, [weight.grad.clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6, 100])
+def test_without_batch_norm_micro_batches_are_the_plain_step(thin, micro_batch_size):
+    """Loss, gradients and all that is reported: the negatives are those of the whole batch."""
+    torch.manual_seed(0)
+    model = no_batch_norm(SimCLR(projection_dim=8, hidden_dim=16))
+    views = torch.rand(12, 3, 8, 8)
+    whole, expected = gradients(model, views, None)
+    parts, found = gradients(model, views, micro_batch_size)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+    scale = max(gradient.abs().max() for gradient in expected).item()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_with_batch_norm_each_part_has_its_own_statistics_counted_once(thin):
+    """As on several GPUs without synchronised batch norm: both views of a part's images go
+    through the same network; here with plain autograd through all parts at once."""
+    torch.manual_seed(0)
+    model = SimCLR(projection_dim=8, hidden_dim=16)
+    plain = copy.deepcopy(model)
+    views = torch.rand(12, 3, 8, 8)
+    found, gradient = gradients(model, views, 2)
+    z = [plain(views[[i, i + 1, i + 6, i + 7]])[1].chunk(2) for i in (0, 2, 4)]
+    loss, _ = nt_xent(*(torch.cat(half) for half in zip(*z, strict=True)), 0.5)
+    loss.backward()
+    torch.testing.assert_close(found["loss"], loss.detach())
+    scale = max(weight.grad.abs().max() for weight in plain.parameters()).item()
+    for a, weight in zip(gradient, plain.parameters(), strict=True):
+        torch.testing.assert_close(a, weight.grad, rtol=1e-4, atol=1e-5 * scale)
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert model.enc.bn1.num_batches_tracked == 3
+
+
+def test_micro_batches_and_recomputed_blocks_go_together(thin):
+    torch.manual_seed(0)
+    model = SimCLR(projection_dim=8, hidden_dim=16)
+    recomputed = SimCLR(projection_dim=8, hidden_dim=16, activation_checkpointing=True)
+    recomputed.load_state_dict(model.state_dict())
+    views = torch.rand(12, 3, 8, 8)
+    (_, a), (_, b) = (gradients(m, views, 2) for m in (model, recomputed))
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for one, other in zip(model.buffers(), recomputed.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_config_reaches_micro_batches_lars_and_warm_up(run, rates, monkeypatch):
+    sizes, optimizers = [], []
+    embed, make = simclr.embed_in_parts, simclr.make_optimizer
+    monkeypatch.setattr(
+        simclr, "embed_in_parts", lambda *args: sizes.append(args[2]) or embed(*args)
+    )
+    monkeypatch.setattr(
+        simclr, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[-1]
+    )
+    folder = run("micro_batch_size=3", "optimizer=lars", "warmup_epochs=1", "epochs=3")
+    assert sizes == [3] * 9 and type(optimizers[0]).__name__ == "LARS"
+    peak = optimizers[0].param_groups[0]["weight_decay"], metrics(folder)[0]["learning_rate"]
+    assert peak == (1e-6, pytest.approx(0.3 * 8 / 256))  # the last step of the warm-up
+    with pytest.raises(ConfigError, match=r"compile=true: must be false or auto .*micro_batch"):
+        run("compile=true", "micro_batch_size=3")
+
+
 def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or f)

@@ -1,0 +1,65 @@
+"""One table of several runs: the settings in which they differ, and what they reached.
+
+    python compare.py logs/SimCLR/sweep/*
+
+Sorted by the kNN accuracy that simclr.py reports at its end: of held-out training images, so that a
+choice made by this order is not made on the test set. Beside it the test accuracies, where
+simclr_lin.py has found them, and the epochs. Accuracies in %.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from errors import UserError, one_line_errors
+from metrics import read_metrics
+from results import markdown
+from state import MAY_CHANGE
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The config of a run, the last line of its metrics and its results, in one dict.
+
+    Raises UserError if it is no run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml")
+    last = read_metrics(run)[-1:] or [{"epoch": 0, "knn_acc": None}]
+    file = run / "results.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    return {"run": str(run), "config": config, **last[0], "results": results}
+
+
+def compare(runs: list[dict[str, Any]]) -> str:
+    """A Markdown table, the best run first; those without a kNN accuracy last."""
+    configs = [run["config"] for run in runs]
+    keys = [key for key in configs[0] if key not in MAY_CHANGE]
+    differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+    lines = [["run", *differing, "epochs", "kNN, training", "linear, test", "kNN, test"]]
+    for run in sorted(runs, key=lambda run: -(run["knn_acc"] or -1)):
+        found = run["knn_acc"], run["results"].get("linear_acc"), run["results"].get("knn_acc")
+        epochs = f"{run['epoch']} of {run['config']['epochs']}"
+        settings = [str(run["config"].get(key)) for key in differing]
+        accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in found]
+        lines.append([run["run"], *settings, epochs, *accuracies])
+    return markdown(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    args = parser.parse_args()
+    with one_line_errors():
+        print(compare([read_run(run) for run in args.runs]))
+
+
+if __name__ == "__main__":
+    main()
