@@ -41,12 +41,14 @@ def compare(runs: list[dict[str, Any]]) -> str:
     keys = [key for key in configs[0] if key not in MAY_CHANGE]
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     lines = [["run", *differing, "epochs", "kNN, training", "linear, test", "kNN, test"]]
+    short = {Path(run["run"]).name for run in runs}
     for run in sorted(runs, key=lambda run: -(run["knn_acc"] or -1)):
         found = run["knn_acc"], run["results"].get("linear_acc"), run["results"].get("knn_acc")
         epochs = f"{run['epoch']} of {run['config']['epochs']}"
         settings = [str(run["config"].get(key)) for key in differing]
         accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in found]
-        lines.append([run["run"], *settings, epochs, *accuracies])
+        name = Path(run["run"]).name if len(short) == len(runs) else run["run"]
+        lines.append([name, *settings, epochs, *accuracies])
     return markdown(lines)
 
 

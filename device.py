@@ -63,6 +63,11 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def tune_convolutions() -> None:
+    """Let cuDNN try its algorithms once for each shape; ours are static."""
+    torch.backends.cudnn.benchmark = True
+
+
 def precision_name(dtype: torch.dtype) -> str:
     """The name of a format in PRECISIONS."""
     return next(name for name, found in PRECISIONS.items() if found == dtype)

@@ -36,6 +36,7 @@ from device import (
     select_compile,
     select_device,
     select_precision,
+    tune_convolutions,
 )
 from errors import NotFinite, Stopped, StopSignals, one_line_errors
 from evaluation import held_out_knn
@@ -88,7 +89,7 @@ def train_step(
 
 def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
     """A run of `steps` steps before its first; everything random in it follows from cfg.seed."""
-    torch.backends.cudnn.benchmark = True  # shapes are static: try cuDNN's algorithms once
+    tune_convolutions()
     torch.manual_seed(cfg.seed)  # initial weights
     widths = cfg.projection_dim, cfg.hidden_dim
     model = SimCLR(cfg.backbone, *widths, cfg.cifar_stem, cfg.activation_checkpointing)

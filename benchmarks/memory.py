@@ -1,7 +1,7 @@
 """Peak memory of one training step, estimated without a GPU and without computing anything.
 
     python benchmarks/memory.py                                   # the table of the README
-    python benchmarks/memory.py --backbone resnet101 --batch 256
+    python benchmarks/memory.py --backbone resnet50 --batch 4096 --micro 128
 
 torch's MemTracker adds up what weights, gradients, optimizer, activations and temporaries of the
 real training step would take, under FakeTensorMode: tensors with shapes and no content. What it
@@ -27,8 +27,25 @@ from simclr import train_step
 GIB = 2**30
 
 
+class OnePart:
+    """A model that MemTracker follows through several forward passes of a step: it refuses them."""
+
+    def __init__(self, model: SimCLR, tracker: MemTracker) -> None:
+        self.model, self.tracker = model, tracker
+        self.parameters, self.buffers = model.parameters, model.buffers
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.tracker.reset_mod_stats()
+        return self.model(x)
+
+
 def step_memory(
-    backbone: str, batch: int, dtype: torch.dtype, activation_checkpointing: bool, size: int = 32
+    backbone: str,
+    batch: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+    size: int = 32,
+    micro_batch_size: int | None = None,
 ) -> float:
     """Peak GiB of the second training step; in the first the optimizer has no momentum yet."""
     device = torch.device("cpu")  # a fake one: nothing is allocated
@@ -46,7 +63,9 @@ def step_memory(
             tracker.reset_mod_stats()
             with tracker:
                 views = torch.rand(2 * batch, 3, size, size, device=device)
-                train_step(model, optimizer, scaler, views, 0.5, dtype)
+                train_step(
+                    OnePart(model, tracker), optimizer, scaler, views, 0.5, dtype, micro_batch_size
+                )
         return tracker.get_tracker_snapshot("peak")[device]["Total"] / GIB
 
 
@@ -68,6 +87,7 @@ def main() -> None:
     args.add_argument("--backbone", nargs="+", default=["resnet18", "resnet34", "resnet50"])
     args.add_argument("--batch", type=int, nargs="+", default=[256, 512, 1024])
     args.add_argument("--size", type=int, default=32)
+    args.add_argument("--micro", type=int, help="micro_batch_size")
     args = args.parse_args()
     columns = [
         (f"{name}{' checkpointed' * recompute}", dtype, recompute)
@@ -81,7 +101,7 @@ def main() -> None:
             row = f"{backbone}, batch {batch}"
             print(f"{row:20}", end="")
             for name, dtype, recompute in columns:
-                gib = step_memory(backbone, batch, dtype, recompute, args.size)
+                gib = step_memory(backbone, batch, dtype, recompute, args.size, args.micro)
                 results[f"{backbone}_{batch}_{name.replace(' ', '_')}"] = round(gib, 2)
                 print(f"{gib:18.1f}", end="", flush=True)
             print()

@@ -12,6 +12,7 @@ COMMANDS = {
     "step.py --batch 4 --repeats 1": "step_eager_vs_plain",
     "linear_eval.py --epochs 2 --images 1": "linear_eval_vs_every_epoch",
     "memory.py --backbone resnet18 --batch 4": "resnet18_4_bf16_checkpointed",
+    "memory.py --backbone resnet18 --batch 4 --micro 2": "resnet18_4_bf16",
     "start.py --repeats 1": "start_vs_imports",
 }
 

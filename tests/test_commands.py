@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
+from omegaconf import OmegaConf
 from PIL import Image
 
 TOY = ["dataset=digits", "image_size=8", "batch_size=256", "device=cpu"]
@@ -140,3 +141,26 @@ def test_a_compiled_run_with_growing_views_is_evaluated_like_any_other(tmp_path)
     succeed(tmp_path, "simclr_lin.py", f"hydra.run.dir={run}", "dataset=digits", "image_size=12",
             "finetune_epochs=1")  # fmt: skip
     assert json.loads((run / "results.json").read_text())["knn_acc"] > 0.5
+
+
+SWEEP = [*TOY, "compile=false", "epochs=1", "hidden_dim=8", "projection_dim=8"]
+
+
+def test_a_sweep_runs_through_ray(tmp_path):
+    """What `main` refers to must be found by another process."""
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install hydra-ray-launcher")
+    succeed(tmp_path, "simclr.py", "-m", "hydra/launcher=ray", "temperature=0.1,0.5", *SWEEP)
+    done = succeed(tmp_path, "compare.py", *map(str, (tmp_path / "logs").rglob("*temperature-0*")))
+    rows = [line.split("|")[2].strip() for line in done.stdout.splitlines()[2:]]
+    assert sorted(rows) == ["0.1", "0.5"]
+
+
+def test_optuna_is_given_the_knn_accuracy(tmp_path):
+    plugin = "hydra_plugins.hydra_optuna_sweeper"
+    pytest.importorskip(plugin, reason="pip install hydra-optuna-sweeper")
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    succeed(tmp_path, "simclr.py", "-m", *optuna, "hydra.sweeper.direction=maximize",
+            "temperature=interval(0.1,1.0)", *SWEEP)  # fmt: skip
+    lines = [path.read_text().splitlines()[-1] for path in tmp_path.rglob("metrics.jsonl")]
+    best = OmegaConf.load(next(tmp_path.rglob("optimization_results.yaml")))["best_value"]
+    assert len(lines) == 3 and best == max(json.loads(line)["knn_acc"] for line in lines)

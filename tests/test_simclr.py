@@ -575,3 +575,9 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
     compiled.clear()
     training = simclr.start_training(toy("compile=true"), torch.device("cpu"), 1)
     assert compiled == [training.model, simclr.random_views] and training.compiled
+
+
+def test_main_returns_the_knn_accuracy_for_hydra_s_sweepers(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr, "run_folder", lambda: tmp_path)
+    found = simclr.main.__wrapped__(toy("epochs=1"))
+    assert found == metrics(tmp_path)[-1]["knn_acc"] and 0 <= found <= 1
