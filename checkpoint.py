@@ -56,8 +56,10 @@ def to_bytes(content: dict[str, Any]) -> bytes:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    archive = buffer.getvalue()[:-2] + DIGEST.to_bytes(2, "little")  # the length of the comment
-    return archive + hashlib.sha256(archive).hexdigest().encode()
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(DIGEST.to_bytes(2, "little"))  # the length of the comment
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    return buffer.getvalue()
 
 
 def from_bytes(file: bytes, must_have_checksum: bool) -> Any:

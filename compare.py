@@ -9,10 +9,12 @@ simclr_lin.py has found them, and the epochs. Accuracies in %.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from errors import UserError, one_line_errors
 from metrics import read_metrics
@@ -28,11 +30,15 @@ def read_run(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is no run: it has no config.yaml")
-    last = read_metrics(run)[-1:] or [{"epoch": 0, "knn_acc": None}]
-    file = run / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    return {"run": str(run), "config": config, **last[0], "results": results}
+    try:
+        lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+        last = lines[-1] if lines else {"epoch": 0, "knn_acc": None}  # in its first epoch
+        file = run / "results.json"
+        results = json.loads(file.read_text()) if file.is_file() else {}
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        return {"run": str(run), "config": config, **last, "results": results}
+    except (ValueError, YAMLError) as error:
+        raise UserError(f"{run} has a damaged file ({error})") from None
 
 
 def compare(runs: list[dict[str, Any]]) -> str:
@@ -60,7 +66,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     args = parser.parse_args()
     with one_line_errors():
-        print(compare([read_run(run) for run in args.runs]))
+        folders = [run for run in args.runs if run.is_dir()]  # Hydra leaves a file beside them
+        runs = [run for run in folders if (run / "config.yaml").is_file()] or folders
+        for run in set(folders) - set(runs):
+            print(f"left out {run}, which has no config.yaml", file=sys.stderr)
+        if not runs:
+            raise UserError(f"no run among {', '.join(map(str, args.runs))}")
+        print(compare([read_run(run) for run in runs]))
 
 
 if __name__ == "__main__":

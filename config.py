@@ -174,7 +174,7 @@ OF_EVALUATION = tuple(RULES)[tuple(RULES).index("checkpoint") :]  # what simclr.
 
 
 class CheckConfig(Callback):
-    """Hydra calls this before it makes the run folder: a refused run leaves nothing behind."""
+    """Hydra calls this before it makes the run folder, but in a sweep: nothing is left behind."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check every value, then make the folder; end the process in one line if that can't be."""
@@ -214,6 +214,11 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
                 f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights "
                 "and trains on no label; simclr_lin.py evaluates a checkpoint"
             )
+    if cfg.micro_batch_size is not None and cfg.batch_size % cfg.micro_batch_size:
+        raise ConfigError(  # a smaller last part would count as much in the running statistics
+            f"micro_batch_size={cfg.micro_batch_size}: must divide batch_size, which is "
+            f"{cfg.batch_size}"
+        )
     if peak == "learning_rate" and cfg.warmup_epochs >= cfg.epochs:
         raise ConfigError(
             f"warmup_epochs={cfg.warmup_epochs}: must be less than epochs, which is {cfg.epochs}"

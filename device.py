@@ -154,16 +154,16 @@ def out_of_memory(
     device: torch.device,
     batch_size: int,
     activation_checkpointing: bool,
+    micro_batch_size: int | None,
 ) -> UserError:
-    """What to do where a GPU is too small; step(n) makes a training step with n images."""
-    fits = largest_batch(step, device, batch_size)
+    """What to do where a GPU is too small; step(n) makes a training step with n images at once."""
     ways = [] if activation_checkpointing else ["activation_checkpointing=true"]
-    if fits >= 2:
-        ways.append(f"resume=false batch_size={fits}, which would fit by estimate")
-    else:
-        ways.append(f"resume=false and a batch_size far below {batch_size}")
+    held = micro_batch_size or batch_size
+    fits = largest_batch(step, device, held)
+    number = f"{fits}, which would fit by estimate" if fits >= 2 else f"far below {held}"
+    ways.append(f"resume=false and a batch_size or micro_batch_size of {number}")
     name = torch.cuda.get_device_name(device)
-    return UserError(f"out of memory on {name}, batch_size={batch_size}: take {' or '.join(ways)}")
+    return UserError(f"out of memory on {name}, {held} images at once: {', or '.join(ways)}")
 
 
 def largest_batch(step: Callable[[int], object], device: torch.device, too_large: int) -> int:

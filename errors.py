@@ -2,16 +2,18 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 STOP = (signal.SIGTERM, signal.SIGINT)
+TWICE = 1.0  # seconds in which a signal is the same one again: of the terminal and of a launcher
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 
 
 class UserError(Exception):
@@ -44,7 +46,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Within the block the first SIGTERM or SIGINT is noted, the second ends the process at once.
+    """Within the block a SIGTERM or SIGINT is noted, and one a second later ends the process.
 
     A pre-emption by SLURM is a SIGTERM. A thread reads the signals: Python's own handlers wait for
     the main thread, which a backward pass keeps for a whole step.
@@ -75,9 +77,10 @@ class StopSignals:
             while number := reader.recv(1):  # empty: the block has ended
                 if number[0] not in STOP:
                     continue
-                if self.received is not None:
+                if self.received is None:
+                    self.received, first = number[0], time.monotonic()
+                elif time.monotonic() - first > TWICE:
                     os._exit(128 + number[0])
-                self.received = number[0]
 
     def check(self) -> None:
         """Raise Stopped if there was a signal."""
@@ -87,7 +90,8 @@ class StopSignals:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn these into one line on stderr and an exit code; a bug keeps its traceback."""
+    """Turn these into one line on stderr and an exit code; a bug keeps its traceback, but for an
+    OSError, which is the system's word."""
     logging.raiseExceptions = False  # on a full disk the terminal has what the log has not
     try:
         yield
@@ -95,8 +99,11 @@ def one_line_errors() -> Iterator[None]:
         _end("error: " + " ".join(str(error).split()), error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
-    except torch.OutOfMemoryError as error:
-        _end(f"error: out of memory: lower batch_size ({str(error).split('. ')[0]})", 1)
+    except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        what = str(error).split(". ")[0]
+        _end(f"error: out of memory ({what}): lower batch_size, or take fewer or smaller images", 1)
     except OSError as error:
         _end(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:

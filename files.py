@@ -33,7 +33,8 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # not every file system can do this to a folder
+            _sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -234,8 +234,11 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", metavar="RUN or key=value")
     parser.add_argument("--out", type=Path, help="folder for the pictures; else that of the run")
     args = parser.parse_args()
-    runs = [Path(a) for a in args.arguments if "=" not in a or Path(a).is_dir()]
-    overrides = [a for a in args.arguments if Path(a) not in runs]
+    given = [
+        a for a in args.arguments if not a.endswith(".yaml")
+    ]  # what a sweep leaves beside runs
+    runs = [Path(a) for a in given if "=" not in a or Path(a).is_dir()]
+    overrides = [a for a in given if Path(a) not in runs]
     with one_line_errors():
         out = args.out or (runs[0] if runs else Path())
         for name, figure in pictures(runs, overrides):

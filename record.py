@@ -149,7 +149,7 @@ def _where(training: Training, found: Found) -> str:
 
 
 def complete(folder: Path, found: Found) -> dict[str, float | None]:
-    """Say that the run in `folder` is complete, write again what of it is missing.
+    """Say that the run in `folder` is complete; write its weights again if they are missing.
 
     Returns the metrics of its last epoch. Raises UserError where something can't be written.
     """
@@ -176,7 +176,7 @@ def say_end(line: dict[str, float | None], path: Path) -> None:
 
 
 def write_metrics(folder: Path, history: list[dict[str, float | None]]) -> None:
-    """Write `folder`/metrics.jsonl, all of it, so that no crash cuts a line: 0.4 MB at most."""
+    """Write `folder`/metrics.jsonl, all of it, so that no crash cuts a line: 400 B each."""
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_file(folder / "metrics.jsonl", lines.encode())
 

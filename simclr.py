@@ -183,7 +183,8 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
     Returns the metrics of the last epoch. Raises ConfigError if the batch is larger than the
     training set, compile=true is not possible, or the state is one of another config; UserError
     if the data or the state cannot be used, another process trains in `out_dir`, the loss is not
-    finite, or the last state is not on disk in the end; Stopped after a signal, the state saved.
+    finite, or the last state is not on disk in the end; Stopped after a signal, the state saved if
+    that was possible.
     """
     device = select_device(cfg.device)
     recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
@@ -203,6 +204,7 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
         record = Record(out_dir, config, fingerprint, cfg.log_interval, cfg.save_minutes)
         with closing(record), StopSignals() as stop:
             record.begin(training, found, start_over=not cfg.resume)
+            del found  # a second copy of the weights
             log.info(
                 f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
                 f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
@@ -243,16 +245,17 @@ def train(
         rate, _ = schedule(cfg, step, cfg.epochs * steps)
         raise record.failed(training, error.values, step, rate) from None
     except torch.OutOfMemoryError:
-        pass  # its traceback, which holds the tensors of the step, ends here
+        if not torch.cuda.is_available():
+            raise  # its traceback, which holds the tensors of the step, else ends here
 
     def step_of(n: int) -> None:
         size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1.0]])
         views = torch.rand(2 * n, 3, size, size, device=images.device)
         scaler = torch.amp.GradScaler(images.device.type, enabled=training.scaler.is_enabled())
-        settings = 0.5, training.dtype, cfg.micro_batch_size
-        train_step(training.model, training.optimizer, scaler, views, *settings)
+        train_step(training.model, training.optimizer, scaler, views, 0.5, training.dtype)
 
-    raise out_of_memory(step_of, images.device, cfg.batch_size, cfg.activation_checkpointing)
+    parts = cfg.activation_checkpointing, cfg.micro_batch_size
+    raise out_of_memory(step_of, images.device, cfg.batch_size, *parts)
 
 
 register_config()

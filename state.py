@@ -140,7 +140,7 @@ def restore(training: Training, path: Path, saved: dict[str, Any], images: str) 
     """Put `training` where it was when `saved` was written to `path`.
 
     images: fingerprint of the training images. On another kind of device, whose generator is
-    another, the views and the order follow anew from the seed and the epoch. Raises UserError if
+    another, all that is drawn follows anew from the seed and the epoch. Raises UserError if
     the images or the weights are others.
     """
     if saved["images"] != images:

@@ -1,11 +1,12 @@
 """The table of several runs."""
 
 import json
+import sys
 
 import pytest
 from omegaconf import OmegaConf
 
-from compare import compare, read_run
+from compare import compare, main, read_run
 from errors import UserError
 
 
@@ -19,7 +20,9 @@ def runs(config, tmp_path):
             f"temperature={temperature}", "epochs=9", f"workers={int(9 * temperature) + 1}"
         )
         OmegaConf.save(cfg, folder / "config.yaml")
-        lines = [{"epoch": 1, "knn_acc": 0.9}, {"epoch": 2, "knn_acc": knn}] if knn else []
+        if knn is None:
+            continue
+        lines = [{"epoch": 1, "knn_acc": 0.9}, {"epoch": 2, "knn_acc": knn}]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
     results = {"linear_acc": 0.7123, "knn_acc": 0.61}
@@ -48,6 +51,26 @@ def test_runs_stand_in_the_order_of_their_knn_at_the_end_with_what_differs(runs)
 def test_the_order_does_not_ask_the_test_set(runs):
     (runs[0] / "results.json").write_text(json.dumps({"linear_acc": 0.99, "knn_acc": 0.99}))
     assert compare([read_run(run) for run in runs]).splitlines()[2].startswith("| run0.5 ")
+
+
+def test_what_a_sweep_leaves_beside_its_runs_is_no_run(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "multirun.yaml").write_text("")
+    (tmp_path / "refused").mkdir()
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, tmp_path.iterdir())])
+    main()
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 5 and said.err.startswith("left out ")
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "multirun.yaml")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "no run among" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_named(runs):
+    for name, content in (("results.json", "{"), ("metrics.jsonl", "{\n"), ("config.yaml", "a: [")):
+        (runs[2] / name).write_text(content)
+        with pytest.raises(UserError, match=r"run0\.5 has a damaged file"):
+            read_run(runs[2])
 
 
 def test_what_is_no_run_is_refused(tmp_path):

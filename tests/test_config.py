@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from config import CONFIG_FILE, RULES
 from errors import ConfigError, one_line_errors
+from state import MAY_CHANGE
 
 KEYS = [key for key in OmegaConf.load(CONFIG_FILE) if key != "hydra"]
 
@@ -166,6 +167,17 @@ def test_the_warm_up_ends_before_the_run(config):
     config("epochs=11", "warmup_epochs=10")
     with pytest.raises(ConfigError, match="warmup_epochs=10: must be less than epochs, which"):
         config("epochs=10", "warmup_epochs=10")
+
+
+def test_parts_of_a_batch_are_equal(config):
+    config("batch_size=128", "micro_batch_size=32")
+    with pytest.raises(ConfigError, match="micro_batch_size=65: must divide batch_size, which"):
+        config("batch_size=128", "micro_batch_size=65")
+
+
+def test_a_sweep_finds_its_folders_again_when_what_may_change_has_changed():
+    job = OmegaConf.load(CONFIG_FILE).hydra.job.config.override_dirname
+    assert set(MAY_CHANGE) == set(job.exclude_keys)
 
 
 def test_the_square_root_rule(config):

@@ -492,7 +492,7 @@ def gradients(model, views, micro_batch_size, precision=torch.float32):
     return found, [weight.grad.clone() for weight in model.parameters()]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6, 100])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6])
 def test_without_batch_norm_micro_batches_are_the_plain_step(thin, micro_batch_size):
     """Loss, gradients and all that is reported: the negatives are those of the whole batch."""
     torch.manual_seed(0)
@@ -549,12 +549,12 @@ def test_the_config_reaches_micro_batches_lars_and_warm_up(run, rates, monkeypat
     monkeypatch.setattr(
         simclr, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[-1]
     )
-    folder = run("micro_batch_size=3", "optimizer=lars", "warmup_epochs=1", "epochs=3")
-    assert sizes == [3] * 9 and type(optimizers[0]).__name__ == "LARS"
+    folder = run("micro_batch_size=4", "optimizer=lars", "warmup_epochs=1", "epochs=3")
+    assert sizes == [4] * 9 and type(optimizers[0]).__name__ == "LARS"
     peak = optimizers[0].param_groups[0]["weight_decay"], metrics(folder)[0]["learning_rate"]
     assert peak == (1e-6, pytest.approx(0.3 * 8 / 256))  # the last step of the warm-up
     with pytest.raises(ConfigError, match=r"compile=true: must be false or auto .*micro_batch"):
-        run("compile=true", "micro_batch_size=3")
+        run("compile=true", "micro_batch_size=4")
 
 
 def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
