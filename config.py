@@ -69,15 +69,6 @@ def _number(low: float, high: float = math.inf, above: bool = False, below: bool
     return ok, allowed
 
 
-def _text() -> Rule:
-    allowed = "a path, in quotes of its own if it looks like a number"
-    return lambda value: isinstance(value, str) and bool(value.strip()), allowed
-
-
-def _true_or_false() -> Rule:
-    return lambda value: isinstance(value, bool), "true or false"
-
-
 def _either(*rules: Rule) -> Rule:
     allowed = ", or ".join(allowed for _, allowed in rules)
     return lambda value: any(ok(value) for ok, _ in rules), allowed
@@ -121,19 +112,24 @@ def _view_sizes() -> Rule:
 
 
 NULL: Rule = (lambda value: value is None, "null")
+YES_OR_NO: Rule = (lambda value: isinstance(value, bool), "true or false")
+PATH: Rule = (
+    lambda value: isinstance(value, str) and bool(value.strip()),
+    "a path, in quotes of its own if it looks like a number",
+)
 AUTO: Rule = (lambda value: value == "auto", "auto")
 PROBABILITY = _number(0, 1)
 RATE, DECAY = _number(0, above=True), _number(0)
 
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
-    "data_dir": _text(),
+    "data_dir": PATH,
     "image_size": _integer(8, 1024),
     "workers": _integer(1, 1024),
     "backbone": _one_of(tuple(BACKBONES)),
     "projection_dim": _integer(1, 65536),
     "hidden_dim": _integer(1, 65536),
-    "cifar_stem": _true_or_false(),
+    "cifar_stem": YES_OR_NO,
     "crop_scale": _crop_scale(),
     "flip_probability": PROBABILITY,
     "color_strength": _number(0, 2.5),  # a hue shift of more than half a turn means nothing
@@ -142,15 +138,15 @@ RULES: dict[str, Rule] = {
     "seed": _integer(0, 2**32 - 1),
     "device": _one_of(DEVICES),
     "precision": _one_of(("auto", *PRECISIONS)),
-    "compile": _either(AUTO, _true_or_false()),
-    "activation_checkpointing": _true_or_false(),
+    "compile": _either(AUTO, YES_OR_NO),
+    "activation_checkpointing": YES_OR_NO,
     "batch_size": _integer(2),  # a batch of one has no negatives
     "micro_batch_size": _either(NULL, _integer(1)),
     "epochs": _integer(1),
     "log_interval": _integer(1),
     "knn_interval": _integer(0),
     "save_minutes": _number(0),
-    "resume": _true_or_false(),
+    "resume": YES_OR_NO,
     "temperature": _number(0, above=True),
     "optimizer": _one_of(OPTIMIZERS),
     "learning_rate": RATE,
@@ -158,7 +154,7 @@ RULES: dict[str, Rule] = {
     "min_learning_rate": _number(0),
     "momentum": _number(0, 1, below=True),
     "weight_decay": DECAY,
-    "checkpoint": _either(NULL, _text()),
+    "checkpoint": _either(NULL, PATH),
     "load_epoch": _either(NULL, _integer(1)),
     "protocols": _list_of(_one_of(PROTOCOLS)),
     "baselines": _list_of(_one_of(BASELINES), least=0),
@@ -168,7 +164,7 @@ RULES: dict[str, Rule] = {
     "finetune_views": _integer(1),
     "finetune_learning_rate": _either(RATE, _list_of(RATE)),
     "finetune_weight_decay": _either(DECAY, _list_of(DECAY)),
-    "predict": _either(NULL, _text()),
+    "predict": _either(NULL, PATH),
 }
 OF_EVALUATION = tuple(RULES)[tuple(RULES).index("checkpoint") :]  # what simclr.py does not read
 
