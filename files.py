@@ -10,10 +10,11 @@ from pathlib import Path
 
 from errors import UserError
 
-# What a run and its evaluation leave in their folder.
+# What tells that a folder holds a run, and all that a run and its evaluation leave there.
+MARKS = ("simclr_*.pt", "config.yaml", "metrics.jsonl")
 OF_A_RUN = (
-    "simclr_*.pt", "config.yaml", "metrics.jsonl", "failure.json", "events.out.tfevents.*",
-    "results*.json", "results*.md", "predictions.csv", "*.log", "*.png", "*.svg",
+    *MARKS, "failure.json", "events.out.tfevents.*", "results*.json", "results*.md",
+    "predictions.csv", "*.log", "*.png", "*.svg",
 )  # fmt: skip
 
 
@@ -21,8 +22,8 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
     """Replace `path` by a file that is complete and on disk; what was there becomes `previous`.
 
     It is written under a temporary name and flushed (fsync) before it is renamed, and the folder
-    after that, so that a crash or a power cut at any moment leaves the old file or the new one.
-    Raises UserError, naming the space that it takes, and leaves the old file, if that fails.
+    after that, so that a crash or a power cut at any moment leaves the old file, under one of its
+    two names, or the new one. So does a failure: UserError, which names the space that it takes.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoint import FORMAT, Damaged, load_checkpoint, to_bytes
 from config import OF_EVALUATION
 from errors import ConfigError, UserError
-from files import OF_A_RUN, write_file
+from files import MARKS, write_file
 from models import SimCLR
 
 PARTS = {
@@ -24,7 +24,6 @@ PARTS = {
     "order": (Tensor, type(None)), "found": list, "seconds": float, "history": list,
     "images": str, "config": dict, "versions": dict,
 }  # fmt: skip
-
 
 # What a run may go on with another value of: where and how it is computed, not what. Of the images
 # in data_dir a checksum is compared, of precision what `auto` stands for.
@@ -69,7 +68,7 @@ def save_state(
     """Write simclr_<backbone>_last.pt; if `keep`, the one before is simclr_<backbone>_previous.pt.
 
     images: fingerprint of the training images. Takes about 8 bytes a weight on disk, twice.
-    Raises UserError, and leaves both as they are, where it can't be written.
+    Raises UserError where it can't be written; a state that was there is kept.
     """
     content = {
         "format": FORMAT,
@@ -114,7 +113,7 @@ def load_state(folder: Path) -> Found | None:
             return Found(path, load_checkpoint(path, PARTS, state=True), problems)
         except Damaged as error:
             problems.append(str(error))
-    if not any(path for pattern in OF_A_RUN[:3] for path in folder.glob(pattern)):
+    if not any(path for pattern in MARKS for path in folder.glob(pattern)):
         return None
     raise UserError(
         f"{folder} holds a run that can't be continued ({'; '.join(problems)}): start over with "

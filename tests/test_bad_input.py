@@ -4,7 +4,6 @@ Every case goes through the script's own entry point: `python simclr.py KEY=VALU
 process but where the process is what is tested. What is there before stays as it is.
 """
 
-import ctypes
 import hashlib
 import io
 import logging
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, obey_permissions
 from PIL import Image
 from test_config import BAD
 from test_data import write_cifar
@@ -291,16 +290,11 @@ def test_unusual_images_and_names_are_no_mistakes(call, thin, tmp_path):
 def test_what_may_not_be_read_is_named(tmp_path, write_images):
     """In a process without root's right to read everything."""
     write_images(tmp_path / "images", train=8)
-
-    def without_override():
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-
     for path in ("images/train/class1/3.png", "images/train/class2", "images/train"):
         (tmp_path / path).chmod(0)
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "simclr.py"), *TRAIN], cwd=tmp_path,
-            capture_output=True, text=True, timeout=120, preexec_fn=without_override,
+            capture_output=True, text=True, timeout=120, preexec_fn=obey_permissions,
         )  # fmt: skip
         (tmp_path / path).chmod(0o755)
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, obey_permissions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_files import file_size_limit
 from tqdm import tqdm
@@ -317,12 +317,13 @@ def test_after_a_signal_no_step_is_begun(cfg):
     assert training.found == []
 
 
-def start(folder, *overrides):
+def start(folder, *overrides, **options):
     """A run of its own at toy size, of many epochs of a tenth of a second."""
     command = [sys.executable, str(REPOSITORY / "simclr.py"), "dataset=digits", "image_size=8",
                "batch_size=32", "hidden_dim=8", "projection_dim=8", "epochs=2000", "device=cpu",
                "compile=false", "knn_interval=0", *overrides]  # fmt: skip
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    options = {"stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=folder, **options)
 
 
 def wait_for(path, process):
@@ -332,6 +333,27 @@ def wait_for(path, process):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     raise TimeoutError(path)
+
+
+def test_a_folder_that_is_unwritable_for_a_while_is_said_and_the_run_goes_on(tmp_path):
+    run, said = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18", tmp_path / "said"
+    with open(said, "w") as out:
+        process = start(tmp_path, "save_minutes=0", preexec_fn=obey_permissions, stdout=out)
+        wait_for(run / "metrics.jsonl", process)
+        run.chmod(0o555)
+        line = "simclr_resnet18_last.pt could not be written (Permission denied): it takes "
+        for _ in range(600):
+            if line in said.read_text():
+                break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        run.chmod(0o755)
+        done = last_state(run)["epoch"]
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert line in said.read_text() and process.returncode == 143, error
+    assert "which is saved" in error and last_state(run)["epoch"] >= done
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
