@@ -140,6 +140,7 @@ RULES: dict[str, Rule] = {
     "precision": _one_of(("auto", *PRECISIONS)),
     "compile": _either(AUTO, YES_OR_NO),
     "activation_checkpointing": YES_OR_NO,
+    "sync_batchnorm": YES_OR_NO,
     "batch_size": _integer(2),  # a batch of one has no negatives
     "micro_batch_size": _either(NULL, _integer(1)),
     "epochs": _integer(1),
@@ -210,10 +211,13 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
                 f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights "
                 "and trains on no label; simclr_lin.py evaluates a checkpoint"
             )
-    if cfg.micro_batch_size is not None and cfg.batch_size % cfg.micro_batch_size:
-        raise ConfigError(  # a smaller last part would count as much in the running statistics
-            f"micro_batch_size={cfg.micro_batch_size}: must divide batch_size, which is "
-            f"{cfg.batch_size}"
+    smallest = min([cfg.image_size, *(pixels for pixels, _ in cfg.view_sizes or [])])
+    if not cfg.cifar_stem and smallest < 32:
+        # at 16 the last stage sees 1×1, of which torch 2.14.1 on a CPU computes no gradient in
+        # bfloat16: that of a 3×3 convolution of stride 2 is memory nobody has written to
+        raise ConfigError(
+            f"cifar_stem=false: must be true for views of {smallest} pixels, below 32: the other "
+            "stem and the stages divide the side by 32"
         )
     if peak == "learning_rate" and cfg.warmup_epochs >= cfg.epochs:
         raise ConfigError(

@@ -73,29 +73,32 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, found in PRECISIONS.items() if found == dtype)
 
 
-def select_compile(choice: bool | str, device: torch.device, views: float, recompute: bool) -> bool:
+def select_compile(
+    choice: bool | str, device: torch.device, views: float, obstacle: str | None
+) -> bool:
     """Whether to use torch.compile in a run of so many views of 32×32: true, false, or `auto`.
 
-    Each size of the views is compiled for itself, so that the rarest one decides. `auto` compiles
-    where it is possible and the run is long enough to earn the time back, see COMPILE_PAYS.
+    obstacle: of `compile_obstacle`. Each size of the views is compiled for itself, so that the
+    rarest one decides. `auto` compiles where it is possible and the run is long enough to earn the
+    time back, see COMPILE_PAYS.
     """
     if choice != "auto":
         return bool(choice)
     long_enough = views >= COMPILE_PAYS.get(device.type, math.inf)
-    return long_enough and not recompute and _missing_for_compile(device) is None
+    return long_enough and obstacle is None
 
 
-def check_compile(choice: bool | str, device: torch.device, recompute: bool) -> None:
-    """Raise ConfigError if compile=true is not possible on this device, or with recomputation."""
-    if choice is not True:
-        return
+def compile_obstacle(device: torch.device, recompute: bool, processes: int = 1) -> str | None:
+    """Why torch.compile is not possible on this device, with recomputation or in processes."""
     if recompute:
-        raise ConfigError(
-            "compile=true: must be false or auto with activation_checkpointing=true or "
-            "micro_batch_size, whose batch-norm bookkeeping torch.compile does not trace"
+        return (
+            "with activation_checkpointing=true or micro_batch_size, whose batch-norm bookkeeping "
+            "torch.compile does not trace"
         )
-    if missing := _missing_for_compile(device):
-        raise ConfigError(f"compile=true: must be false or auto without {missing}")
+    if processes > 1:
+        return f"in {processes} processes, for which it has not been tried"
+    missing = _missing_for_compile(device)
+    return missing and f"without {missing}"
 
 
 def _missing_for_compile(device: torch.device) -> str | None:
@@ -150,17 +153,20 @@ def _start_copy(found: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
 
 
 def out_of_memory(
-    step: Callable[[int], object],
+    step: Callable[[int], object] | None,
     device: torch.device,
-    batch_size: int,
+    held: int,
     activation_checkpointing: bool,
-    micro_batch_size: int | None,
 ) -> UserError:
-    """What to do where a GPU is too small; step(n) makes a training step with n images at once."""
+    """What to do where a GPU is too small for `held` images at once.
+
+    step(n) makes a training step with n images, for an estimate of what would fit.
+    """
     ways = [] if activation_checkpointing else ["activation_checkpointing=true"]
-    held = micro_batch_size or batch_size
-    fits = largest_batch(step, device, held)
-    number = f"{fits}, which would fit by estimate" if fits >= 2 else f"far below {held}"
+    fits = largest_batch(step, device, held) if step is not None else 0
+    number = f"{fits}, which would fit by estimate"
+    if fits < 2:
+        number = f"below {held}" if step is None else f"far below {held}"
     ways.append(f"resume=false and a batch_size or micro_batch_size of {number}")
     name = torch.cuda.get_device_name(device)
     return UserError(f"out of memory on {name}, {held} images at once: {', or '.join(ways)}")

@@ -8,12 +8,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 TWICE = 1.0  # seconds in which a signal is the same one again: of the terminal and of a launcher
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
+PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
 
 
 class UserError(Exception):
@@ -49,10 +50,14 @@ class StopSignals:
     """Within the block a SIGTERM or SIGINT is noted, and one a second later ends the process.
 
     A pre-emption by SLURM is a SIGTERM. A thread reads the signals: Python's own handlers wait for
-    the main thread, which a backward pass keeps for a whole step.
+    the main thread, which a backward pass keeps for a whole step. Of several processes, to which
+    a launcher's signal comes at different moments, all obey the one that `agree` gives them.
     """
 
     received: int | None = None
+
+    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
+        self.agree = agree
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
@@ -82,10 +87,14 @@ class StopSignals:
                 elif time.monotonic() - first > TWICE:
                     os._exit(128 + number[0])
 
+    def noted(self) -> int:
+        """The signal that there was, or 0; all processes must ask equally often."""
+        return self.agree(self.received or 0)
+
     def check(self) -> None:
         """Raise Stopped if there was a signal."""
-        if self.received is not None:
-            raise Stopped(self.received)
+        if number := self.noted():
+            raise Stopped(number)
 
 
 @contextmanager
@@ -100,6 +109,8 @@ def one_line_errors() -> Iterator[None]:
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
+        if "RANK" in os.environ and PEER_ENDED.search(str(error)):
+            _end(f"error: another process has ended ({str(error).splitlines()[0][:200]})", 1)
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         what = str(error).split(". ")[0]
@@ -111,5 +122,6 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(line: str, exit_code: int) -> None:
-    print(line, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of torchrun
+    print(line if rank == "0" else f"process {rank}: {line}", file=sys.stderr)
     sys.exit(exit_code)

@@ -65,12 +65,15 @@ def _free(folder: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
-    """Hold `folder`/.<name>.lock; UserError if another process does.
+def locked(folder: Path, name: str, needed: bool = True) -> Iterator[None]:
+    """Hold `folder`/.<name>.lock; UserError if another process does. Does nothing unless `needed`.
 
     The lock is the kernel's (flock), on the open file: it ends with the process, however that
     ends. The file stays; it says who has it.
     """
+    if not needed:
+        yield
+        return
     path = folder / f".{name}.lock"
     try:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115

@@ -5,7 +5,7 @@ z = projector(h)    projection, where the contrastive loss is applied
 nt_xent(z1, z2)     normalised temperature-scaled cross-entropy, Eq. 1
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -35,7 +35,7 @@ class SimCLR(nn.Module):
     of the published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
     torchvision ResNet with the same stem and `fc = nn.Identity()`. `activation_checkpointing`
     recomputes each residual block in the backward pass: the same gradients, in half (resnet18) to
-    a third (resnet50) of the memory.
+    a third (resnet50) of the memory. `micro_batch_size`: see `in_parts`.
 
     Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
     for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
@@ -48,8 +48,10 @@ class SimCLR(nn.Module):
         hidden_dim: int = 2048,
         cifar_stem: bool = True,
         activation_checkpointing: bool = False,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.micro_batch_size = micro_batch_size
         if backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
         self.enc = BACKBONES[backbone](weights=None)
@@ -70,6 +72,12 @@ class SimCLR(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (N, 3, H, W), values in [0, 1]. Returns h: (N, D) and z: (N, projection_dim)."""
+        if self.training and self.micro_batch_size is not None:
+            return in_parts(self, self.embed, x, self.micro_batch_size)
+        return self.embed(x)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, all of x at once."""
         h = self.enc(x)  # N×D
         z = self.projector(h)  # N×d
         return h, z
@@ -104,29 +112,42 @@ def _buffers_restored(block: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def embed_in_parts(model: SimCLR, views: Tensor, micro_batch_size: int) -> Tensor:
-    """Projections z (2N, d) of views (2N, 3, S, S), rows i and N+i of image i: gradient caching.
+def in_parts(
+    model: nn.Module,
+    embed: Callable[[Tensor], tuple[Tensor, Tensor]],
+    views: Tensor,
+    micro_batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """embed(views) of the model, a part of views (2N, 3, S, S) at a time: gradient caching.
 
-    Both views of `micro_batch_size` images at a time go through the model, once without keeping
-    activations, and again in the backward pass, when the gradient of the loss of all 2N is known.
-    Memory is that of one part, time a forward pass more. Batch norm takes the statistics of each
-    part, as several GPUs do that don't synchronise it, and counts each part once.
+    Rows i and N+i are the views of image i. Both views of `micro_batch_size` images go through the
+    model, once without keeping activations, and again in the backward pass, when the gradient of
+    the loss of all 2N is known. Memory is that of one part, time a forward pass more. Batch norm
+    takes the statistics of each part, as several GPUs do that don't synchronise it, and counts
+    each part once.
     """
     firsts, seconds = (half.split(micro_batch_size) for half in views.chunk(2))
-    z = []
+    parts = []
     for pair in zip(firsts, seconds, strict=True):
-        _, part = checkpoint(
-            model,
+        embedded = checkpoint(
+            embed,
             torch.cat(pair),
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=partial(_contexts, model),
         )
-        z.append(part.chunk(2))
-    return torch.cat([first for first, _ in z] + [second for _, second in z])
+        parts.append([e.chunk(2) for e in embedded])  # h and z, each of both views
+    h, z = (torch.cat([part[e][view] for view in (0, 1) for part in parts]) for e in (0, 1))
+    return h, z
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, Tensor]:
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float = 0.5,
+    gather: Callable[[Tensor], Tensor] = lambda z: z,
+    rank: int = 0,
+) -> tuple[Tensor, Tensor]:
     """NT-Xent, Eq. 1 of the paper, averaged over all 2N views (Algorithm 1).
 
         l(i, j) = -log( exp(sim(z_i, z_j) / τ) / Σ_{k≠i} exp(sim(z_i, z_k) / τ) )
@@ -134,6 +155,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, T
     z1, z2: (N, d), N >= 1, of any floating type; row i of both comes from image i, and the other
     2N-2 rows are its negatives. sim is the cosine, negative values included. Everything is
     computed in float32, under autocast too: a half-precision softmax loses the small terms.
+    Of several processes each has N images of the batch, `gather` gives it the rows of all, its
+    own after those of the `rank` processes before it, and it averages over its own 2N.
 
     Returns two float32 scalars: the loss, log(2N-1) where all embeddings are the same, and,
     detached, the contrastive accuracy: the share of views, in [0, 1], whose partner is the
@@ -147,12 +170,13 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> tuple[Tensor, T
     n, loss, nearest = len(z1), 0.0, []
     with _full_precision(z1.device.type):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
+        everyone, first = gather(z), 2 * n * rank  # the same z, and 0, in a single process
         # One view after the other: the backward pass then holds a softmax of N×2N for each and, for
         # one of them, two gradients of that size: two matrices of 2N×2N, where all at once takes 3.
         for own, partner in ((0, n), (n, 0)):
-            similarity = (z[own : own + n] / temperature) @ z.T  # N×2N
-            similarity.diagonal(own).fill_(float("-inf"))  # k ≠ i: no term for a view with itself
-            target = torch.arange(partner, partner + n, device=z.device)  # i <-> N+i
+            similarity = (z[own : own + n] / temperature) @ everyone.T  # N×2N
+            similarity.diagonal(first + own).fill_(float("-inf"))  # k ≠ i: none with itself
+            target = torch.arange(n, device=z.device) + (first + partner)  # i <-> N+i
             loss = loss + F.cross_entropy(similarity, target, reduction="sum")
             nearest.append(similarity.detach().argmax(dim=1) == target)
     return loss / (2 * n), torch.cat(nearest).float().mean()

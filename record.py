@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 from checkpoint import checkpoint_name, save_checkpoint
+from distributed import wait_for_all
 from errors import Stopped, UserError
 from files import move_aside, write_file
 from metrics import collapsed
@@ -35,8 +36,13 @@ class Record:
         images: str,
         log_interval: int,
         save_minutes: float,
+        writes: bool = True,
     ) -> None:
-        """config: what is kept with weights and state, plain data; images: their fingerprint."""
+        """config: what is kept with weights and state, plain data; images: their fingerprint.
+
+        Of several processes one `writes`; for the others all is done.
+        """
+        self.writes = writes
         self.folder, self.config, self.images = folder, config, images
         self.log_interval, self.save_minutes = log_interval, save_minutes
         self.board = Board(folder)
@@ -55,12 +61,13 @@ class Record:
             self.keep = not found.problems  # a damaged state does not take a good one's place
             log.info(_where(training, found))
             self._write("metrics", write_metrics, self.folder, training.history)
-        else:
+        elif self.writes:
             if start_over and (aside := move_aside(self.folder)) is not None:
                 log.info(f"moved the files of the run that was here to {aside}")
             self.write_state(training)
             self.check()
-        write_file(self.folder / "config.yaml", OmegaConf.to_yaml(self.config).encode())
+        if self.writes:
+            write_file(self.folder / "config.yaml", OmegaConf.to_yaml(self.config).encode())
 
     def end_epoch(self, training: Training) -> None:
         """Write what is due after an epoch."""
@@ -90,7 +97,9 @@ class Record:
     def stopped(self, training: Training, number: int, steps: int) -> Stopped:
         """Save the state after a signal; returns what to say."""
         where = f" in epoch {training.epoch + 1} after {len(training.found)} of {steps} steps"
-        if not self.write_state(training):
+        written = self.write_state(training)
+        wait_for_all()  # one that has ended makes torchrun end the others
+        if not written:
             return Stopped(number, f"{where}; {self.unwritten['state']}; the state before is kept")
         command = "same command" + ("" if self.config["resume"] else ", without resume=false,")
         return Stopped(number, f"{where}, which is saved: the {command} goes on from there")
@@ -110,6 +119,7 @@ class Record:
         }
         path = self.folder / "failure.json"
         self._write("failure", write_file, path, json.dumps(content).encode())
+        wait_for_all()  # one that has ended makes torchrun end the others
         return UserError(
             f"loss {values['loss']}, gradient norm {values['gradient_norm']} in step {step + 1} of "
             f"epoch {training.epoch + 1} (see {path}), of which nothing is saved: start over with "
@@ -128,6 +138,8 @@ class Record:
 
     def _write(self, name: str, write: Callable[..., object], *arguments: Any) -> bool:
         self.unwritten.pop(name, None)
+        if not self.writes:
+            return True
         try:
             write(*arguments)
         except UserError as error:
@@ -148,16 +160,17 @@ def _where(training: Training, found: Found) -> str:
     return f"goes on from {found.path}{instead}: {done}{change}"
 
 
-def complete(folder: Path, found: Found) -> dict[str, float | None]:
-    """Say that the run in `folder` is complete; write its weights again if they are missing.
+def complete(folder: Path, found: Found, writes: bool = True) -> dict[str, float | None]:
+    """Say that the run in `folder` is complete; if `writes`, its weights again if they are missing.
 
     Returns the metrics of its last epoch. Raises UserError where something can't be written.
     """
     saved = found.content
     path = folder / checkpoint_name(saved["config"]["backbone"], saved["epoch"])
-    if not path.exists():
+    if writes and not path.exists():
         save_checkpoint(path, saved["model"], saved["config"], saved["epoch"])
-    write_metrics(folder, saved["history"])
+    if writes:
+        write_metrics(folder, saved["history"])
     log.info(
         f"{folder} holds this run, complete with {saved['epoch']} epochs: simclr_lin.py evaluates "
         "it, resume=false starts over"

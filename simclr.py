@@ -1,8 +1,9 @@
-"""SimCLR pretraining (Chen et al. 2020, arXiv 2002.05709) on one GPU, or on a CPU.
+"""SimCLR pretraining (Chen et al. 2020, arXiv 2002.05709) on one GPU, on several, or on a CPU.
 
     python simclr.py backbone=resnet18                        # CIFAR-10, 1000 epochs
     python simclr.py batch_size=256 temperature=0.1           # any key of simclr_config.yml
     python simclr.py dataset=digits image_size=16 epochs=5    # needs no download
+    torchrun --nproc_per_node=4 simclr.py                     # a quarter of the batch on each GPU
 
 Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run folder
 (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch, the same
@@ -19,17 +20,18 @@ from pathlib import Path
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+import distributed
 from augment import draw, random_views
 from checkpoint import checkpoint_name
 from config import check_config, register_config, run_folder
 from data import Split, check_batch_size, load_pretraining
 from device import (
     autocast,
-    check_compile,
+    compile_obstacle,
     out_of_memory,
     precision_name,
     read_late,
@@ -38,11 +40,11 @@ from device import (
     select_precision,
     tune_convolutions,
 )
-from errors import NotFinite, Stopped, StopSignals, one_line_errors
+from errors import ConfigError, NotFinite, Stopped, StopSignals, one_line_errors
 from evaluation import held_out_knn
 from files import locked
 from metrics import alignment, epoch_means, is_finite, spread, uniformity
-from models import SimCLR, embed_in_parts, nt_xent
+from models import SimCLR, nt_xent
 from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 from record import Record, complete, say_end
 from state import Training, check_unchanged, load_state
@@ -51,13 +53,12 @@ log = logging.getLogger("simclr")
 
 
 def train_step(
-    model: SimCLR,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     views: Tensor,
     temperature: float,
     dtype: torch.dtype,
-    micro_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
 
@@ -65,12 +66,9 @@ def train_step(
     float16 alone. Returns what metrics.jsonl calls by these names, detached scalars on the device.
     """
     with autocast(views.device, dtype):
-        if micro_batch_size is None:
-            _, z = model(views)  # h: 2N×D, z: 2N×d
-        else:
-            z = embed_in_parts(model, views, micro_batch_size)
+        _, z = model(views)  # h: 2N×D, z: 2N×d
     z1, z2 = z.chunk(2)  # N×d each
-    loss, accuracy = nt_xent(z1, z2, temperature)
+    loss, accuracy = nt_xent(z1, z2, temperature, distributed.gather, distributed.rank())
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -87,12 +85,18 @@ def train_step(
     }
 
 
-def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
-    """A run of `steps` steps before its first; everything random in it follows from cfg.seed."""
+def start_training(
+    cfg: DictConfig, device: torch.device, steps: int, obstacle: str | None = None
+) -> Training:
+    """A run of `steps` steps before its first; everything random in it follows from cfg.seed.
+
+    obstacle: what stands against compiling.
+    """
     tune_convolutions()
     torch.manual_seed(cfg.seed)  # initial weights
     widths = cfg.projection_dim, cfg.hidden_dim
-    model = SimCLR(cfg.backbone, *widths, cfg.cifar_stem, cfg.activation_checkpointing)
+    memory = cfg.activation_checkpointing, cfg.micro_batch_size
+    model = SimCLR(cfg.backbone, *widths, cfg.cifar_stem, *memory)
     model = model.to(device, memory_format=torch.channels_last).train()
     dtype = select_precision(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -102,12 +106,12 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     make_views = random_views
     sizes = cfg.view_sizes or [[cfg.image_size, 1.0]]
     views = 2 * cfg.batch_size * steps * min(share * (size / 32) ** 2 for size, share in sizes)
-    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
-    compiled = select_compile(cfg.compile, device, views, recompute)
+    compiled = select_compile(cfg.compile, device, views, obstacle)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
         make_views = torch.compile(random_views, dynamic=False)
-    return Training(model, optimizer, scaler, rng, dtype, make_views, compiled)
+    trained = distributed.parallel(model, cfg.sync_batchnorm)
+    return Training(model, trained, optimizer, scaler, rng, dtype, make_views, compiled)
 
 
 def train_steps(
@@ -116,13 +120,13 @@ def train_steps(
     """The steps that are left of the epoch in flight, up to a signal; yields what they return."""
     n, steps = cfg.batch_size, len(images) // cfg.batch_size
     for i in range(len(training.found), steps):
-        if stop.received is not None:
+        if stop.noted():
             return
         learning_rate, size = schedule(cfg, training.epoch * steps + i, cfg.epochs * steps)
-        batch = images[training.order[i * n : (i + 1) * n]]  # N×3×H×W
+        batch = images[distributed.own_part(training.order[i * n : (i + 1) * n])]  # N×3×H×W
         views = training.make_views(
             batch.repeat(2, 1, 1, 1),  # 2N×3×H×W, each row with parameters of its own
-            draw(2 * n, training.rng),
+            distributed.own_part(draw(2 * n, training.rng), views=2),
             size,
             tuple(cfg.crop_scale),
             cfg.flip_probability,
@@ -130,9 +134,8 @@ def train_steps(
             cfg.grayscale_probability,
         )
         set_learning_rate(training.optimizer, learning_rate)
-        model, optimizer, scaler = training.model, training.optimizer, training.scaler
-        settings = cfg.temperature, training.dtype, cfg.micro_batch_size
-        yield train_step(model, optimizer, scaler, views, *settings)
+        learner = training.parallel, training.optimizer, training.scaler
+        yield distributed.average(train_step(*learner, views, cfg.temperature, training.dtype))
 
 
 def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
@@ -187,23 +190,32 @@ def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
     that was possible.
     """
     device = select_device(cfg.device)
-    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
-    check_compile(cfg.compile, device, recompute)
     precision = precision_name(select_precision(cfg.precision, device))
     config = {**OmegaConf.to_container(cfg), "precision": precision}
-    with locked(out_dir, "simclr"):
-        found = load_state(out_dir) if cfg.resume else None
+    with distributed.joined(device), locked(out_dir, "simclr", needed=distributed.rank() == 0):
+        distributed.check_parts(cfg.batch_size, cfg.micro_batch_size)
+        recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
+        obstacle = compile_obstacle(device, recompute, distributed.world())
+        if cfg.compile is True and obstacle is not None:
+            raise ConfigError(f"compile=true: must be false or auto {obstacle}")
+        resume = cfg.resume or distributed.restarted()
+        found = load_state(out_dir) if resume else None
+        done = found and (found.content["epoch"], len(found.content["found"]))
+        distributed.check_same(done or (-1, 0), f"the state in {out_dir}")
         if found is not None:
             check_unchanged(found.content["config"], config, found.path)
             if found.content["epoch"] == cfg.epochs:
-                return complete(out_dir, found)
+                return complete(out_dir, found, writes=distributed.rank() == 0)
         where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
-        images, fingerprint, knn = load_pretraining(*where, knn=cfg.knn_interval > 0)
+        with distributed.one_first():
+            images, fingerprint, knn = load_pretraining(*where, knn=cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
-        training = start_training(cfg, device, cfg.epochs * (len(images) // cfg.batch_size))
-        record = Record(out_dir, config, fingerprint, cfg.log_interval, cfg.save_minutes)
-        with closing(record), StopSignals() as stop:
-            record.begin(training, found, start_over=not cfg.resume)
+        steps = cfg.epochs * (len(images) // cfg.batch_size)
+        training = start_training(cfg, device, steps, obstacle)
+        saves = cfg.log_interval, cfg.save_minutes
+        record = Record(out_dir, config, fingerprint, *saves, writes=distributed.rank() == 0)
+        with closing(record), StopSignals(distributed.largest) as stop:
+            record.begin(training, found, start_over=not resume)
             del found  # a second copy of the weights
             log.info(
                 f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
@@ -226,13 +238,14 @@ def train(
     """The epochs that are left, each recorded. Raises as `pretrain`."""
     steps = len(images) // cfg.batch_size
     done = training.epoch * steps + len(training.found)
+    part = cfg.micro_batch_size or cfg.batch_size // distributed.world()  # images held at a time
     try:
         with tqdm(total=cfg.epochs * steps, initial=done, unit="step", mininterval=1) as bar:
             while training.epoch < cfg.epochs:
                 line = train_epoch(cfg, training, images, bar, stop)
                 last = line["epoch"] == cfg.epochs
                 if knn is not None and (line["epoch"] % cfg.knn_interval == 0 or last):
-                    shape = cfg.image_size, 2 * cfg.batch_size, training.dtype
+                    shape = cfg.image_size, 2 * part, training.dtype
                     line["knn_acc"] = held_out_knn(training.model.enc, *knn, *shape, stop.check)
                     bar.set_description(f"kNN {line['knn_acc']:.1%}")
                 training.end_epoch(line)
@@ -252,10 +265,11 @@ def train(
         size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1.0]])
         views = torch.rand(2 * n, 3, size, size, device=images.device)
         scaler = torch.amp.GradScaler(images.device.type, enabled=training.scaler.is_enabled())
+        training.model.micro_batch_size = None
         train_step(training.model, training.optimizer, scaler, views, 0.5, training.dtype)
 
-    parts = cfg.activation_checkpointing, cfg.micro_batch_size
-    raise out_of_memory(step_of, images.device, cfg.batch_size, *parts)
+    step = step_of if distributed.world() == 1 else None  # of several this one may be here alone
+    raise out_of_memory(step, images.device, part, cfg.activation_checkpointing)
 
 
 register_config()

@@ -30,6 +30,7 @@ from checkpoint import ARCHITECTURE, build_model, find_checkpoint, load_checkpoi
 from config import check_config, register_config, run_folder
 from data import Split, draw_stratified, load_split
 from device import select_device, select_precision
+from distributed import launched
 from errors import ConfigError, UserError, one_line_errors
 from files import locked, write_file
 from folder import load_images
@@ -203,6 +204,8 @@ register_config()
 def main(cfg: DictConfig) -> None:
     """Check the config, find the checkpoint in the run folder and evaluate it."""
     with one_line_errors():
+        if launched():
+            raise ConfigError("simclr_lin.py is for one process: start it by python, not torchrun")
         cfg = check_config(cfg, peak="finetune_learning_rate")
         out_dir = run_folder()
         overrides = HydraConfig.get().overrides.task

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import FORMAT, Damaged, load_checkpoint, to_bytes
 from config import OF_EVALUATION
@@ -38,6 +38,7 @@ class Training:
     """What a run carries from step to step."""
 
     model: SimCLR
+    parallel: nn.Module  # the model, which under torchrun averages gradients over the processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
     rng: torch.Generator  # order of the images, and views

@@ -88,6 +88,7 @@ BAD = [
     ("hidden_dim", "x", "integer from 1"),
     ("hidden_dim", "99999999999999999999", "integer from 1 to 65536"),
     ("cifar_stem", "maybe", "true or false"),
+    ("sync_batchnorm", "2", "true or false"),
     ("flip_probability", "1.1", "from 0 to 1"),
     ("grayscale_probability", "-0.1", "from 0 to 1"),
     ("color_strength", "3", "from 0 to 2.5"),
@@ -169,10 +170,11 @@ def test_the_warm_up_ends_before_the_run(config):
         config("epochs=10", "warmup_epochs=10")
 
 
-def test_parts_of_a_batch_are_equal(config):
-    config("batch_size=128", "micro_batch_size=32")
-    with pytest.raises(ConfigError, match="micro_batch_size=65: must divide batch_size, which"):
-        config("batch_size=128", "micro_batch_size=65")
+def test_small_views_take_the_stem_for_small_images(config):
+    config("cifar_stem=false", "view_sizes=[[32,1]]")
+    for size in ("image_size=31", "view_sizes=[[16,0.5],[32,0.5]]"):
+        with pytest.raises(ConfigError, match="cifar_stem=false: must be true for views of "):
+            config("cifar_stem=false", size)
 
 
 def test_a_sweep_finds_its_folders_again_when_what_may_change_has_changed():

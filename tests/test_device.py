@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from device import autocast, check_compile, select_compile, select_device, select_precision
+from device import autocast, compile_obstacle, select_compile, select_device, select_precision
 from errors import ConfigError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -85,38 +85,30 @@ def found(monkeypatch):
 
 def test_auto_compiles_runs_that_earn_the_time_back(found):
     for where, enough in ((CPU, 200_000), (CUDA, 20_000_000)):
-        assert select_compile("auto", where, enough, False)
-        assert not select_compile("auto", where, enough - 1, False)
-        assert not select_compile("auto", where, enough, True)
-    assert not select_compile("auto", MPS, 10**12, False)
-    found(False)
-    assert not select_compile("auto", CPU, 10**12, False)
+        assert select_compile("auto", where, enough, None)
+        assert not select_compile("auto", where, enough - 1, None)
+        assert not select_compile("auto", where, enough, "without a compiler")
+    assert not select_compile("auto", MPS, 10**12, None)
+    assert select_compile(True, CPU, 1, None) and not select_compile(False, CPU, 10**12, None)
 
 
-def test_compile_by_hand_is_done_or_refused_with_the_reason(found):
-    assert select_compile(True, CPU, 1, False) and not select_compile(False, CPU, 10**12, False)
-    check_compile(True, CPU, False)
-    check_compile("auto", CPU, True)
-    with pytest.raises(ConfigError, match="compile=true: must be false or auto with activation"):
-        check_compile(True, CPU, True)
+def test_what_stands_against_compiling_is_named(found):
+    assert compile_obstacle(CPU, recompute=False) is None
+    assert compile_obstacle(CPU, recompute=True).startswith("with activation_checkpointing=true")
+    assert compile_obstacle(CPU, False, processes=2).startswith("in 2 processes")
     found(False)
-    check_compile(False, CPU, False)
-    with pytest.raises(ConfigError, match=r"compile=true: .*without the C\+\+ compiler"):
-        check_compile(True, CPU, False)
+    assert compile_obstacle(CPU, False).startswith("without the C++ compiler ")
 
 
 def test_what_a_gpu_lacks_for_compiling_is_named(found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))  # GTX 1080 Ti
-    with pytest.raises(ConfigError, match=r"without a GPU of compute capability 7\.0"):
-        check_compile(True, CUDA, False)
-    assert not select_compile("auto", CUDA, 10**12, False)
+    assert "without a GPU of compute capability 7.0" in compile_obstacle(CUDA, False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="without the package triton"):
-        check_compile(True, CUDA, False)
+    assert compile_obstacle(CUDA, False) == "without the package triton"
 
 
 def test_a_compiler_with_a_wrapper_is_found(monkeypatch):
     monkeypatch.setenv("CXX", "ccache g++")
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "ccache" else None)
-    check_compile(True, CPU, False)
+    assert compile_obstacle(CPU, False) is None

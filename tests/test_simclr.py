@@ -15,6 +15,7 @@ from tqdm import tqdm
 import data
 import device
 import evaluation
+import models
 import simclr
 from checkpoint import load_checkpoint
 from device import precision_name, select_precision
@@ -486,9 +487,10 @@ def no_batch_norm(model):
 
 
 def gradients(model, views, micro_batch_size, precision=torch.float32):
+    model.micro_batch_size = micro_batch_size
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    found = simclr.train_step(model, optimizer, scaler, views, 0.5, precision, micro_batch_size)
+    found = simclr.train_step(model, optimizer, scaler, views, 0.5, precision)
     return found, [weight.grad.clone() for weight in model.parameters()]
 
 
@@ -542,10 +544,8 @@ def test_micro_batches_and_recomputed_blocks_go_together(thin):
 
 def test_the_config_reaches_micro_batches_lars_and_warm_up(run, rates, monkeypatch):
     sizes, optimizers = [], []
-    embed, make = simclr.embed_in_parts, simclr.make_optimizer
-    monkeypatch.setattr(
-        simclr, "embed_in_parts", lambda *args: sizes.append(args[2]) or embed(*args)
-    )
+    split, make = models.in_parts, simclr.make_optimizer
+    monkeypatch.setattr(models, "in_parts", lambda *args: sizes.append(args[3]) or split(*args))
     monkeypatch.setattr(
         simclr, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[-1]
     )

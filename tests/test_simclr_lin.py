@@ -517,13 +517,13 @@ def test_fine_tuning_in_float16_is_scaled(evaluate, monkeypatch):
 def test_architecture_and_size_come_from_the_checkpoint(toy, spy, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    simclr.pretrain(toy("epochs=1", "cifar_stem=false", "hidden_dim=16", "image_size=12"), run)
+    simclr.pretrain(toy("epochs=1", "cifar_stem=false", "hidden_dim=16", "image_size=32"), run)
     file = run / "simclr_resnet18_epoch1.pt"
     cfg = toy("image_size=8", peak=PEAK)
     simclr_lin.evaluate(cfg, file, run)
     assert spy["encoders"][0].conv1.kernel_size == (7, 7)
-    assert {side for _, _, side, _ in spy["calls"]} == {12}
-    with pytest.raises(ConfigError, match=r"image_size=8: must be 12, as in .*leave it out"):
+    assert {side for _, _, side, _ in spy["calls"]} == {32}
+    with pytest.raises(ConfigError, match=r"image_size=8: must be 32, as in .*leave it out"):
         simclr_lin.evaluate(cfg, file, run, frozenset({"image_size", "seed"}))
 
 

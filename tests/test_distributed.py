@@ -1,0 +1,240 @@
+"""Several processes (torchrun, gloo) compute what one computes, and end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+import distributed
+import simclr
+import simclr_lin
+from errors import ConfigError, Stopped, StopSignals, UserError
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+PROCESSES = (2, 4)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """steps(case, processes): what parallel_steps.py has written."""
+    folder = tmp_path_factory.mktemp("steps")
+    script = str(REPOSITORY / "tests/parallel_steps.py")
+    for n in (1, *PROCESSES):
+        start = [sys.executable] if n == 1 else [*TORCHRUN, f"--nproc_per_node={n}"]
+        command = [*start, script, str(folder / str(n)), str(folder / "1")]
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return lambda case, n: torch.load(folder / str(n) / f"{case}.pt", weights_only=True)
+
+
+def apart(one: dict, other: dict) -> float:
+    """Distance of two lists of tensors as a share of the second's length."""
+    a, b = (torch.cat([t.flatten().double() for t in tensors.values()]) for tensors in (one, other))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("n", PROCESSES)
+@pytest.mark.parametrize("case", ["float64", "lars"])
+def test_loss_gradients_and_statistics_are_those_of_one_process(steps, case, n):
+    """In float64, over 20 steps, each with the weights that the steps before have made."""
+    ours, single = steps(case, n), steps(case, 1)
+    assert len(ours) == len(single) == (20 if case == "float64" else 3)
+    for one, other in zip(ours, single, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-11)
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=1e-6)
+        assert apart(one["gradients"], other["gradients"]) < 1e-10
+        assert apart(one["buffers"], other["buffers"]) < 1e-11
+
+
+@pytest.mark.parametrize("n", PROCESSES)
+def test_in_float32_they_are_to_rounding(steps, n):
+    """At each of 20 steps from the same weights: the loss to 1e-6, gradients to 2e-5, but where a
+    unit is at the kink of a ReLU."""
+    distances = []
+    for one, other in zip(steps("float32", n), steps("float32", 1), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert apart(one["buffers"], other["buffers"]) < 1e-5
+        distances.append(apart(one["gradients"], other["gradients"]))
+    assert sorted(distances)[14] < 2e-5 and max(distances) < 0.03
+
+
+@pytest.mark.parametrize("case", ["parts", "small parts"])
+def test_micro_batches_are_processes_without_synchronised_batch_norm(steps, case):
+    for one, other in zip(steps(case, 2), steps(case, 1), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-11)
+        assert apart(one["gradients"], other["gradients"]) < 1e-10
+    assert abs(steps(case, 2)[0]["loss"] - steps("float64", 2)[0]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("case", "least"),
+    [
+        ("no gradient through the gather", 0.1),
+        ("gradient too small", 0.4),
+        ("numbers of its own", 0.1),
+    ],
+)
+@pytest.mark.parametrize("n", PROCESSES)
+def test_known_mistakes_would_be_seen(steps, case, least, n):
+    """Pitfall 23: the comparison above is not blind to what published code has got wrong."""
+    assert apart(steps(case, n)[0]["gradients"], steps("float64", 1)[0]["gradients"]) > least
+
+
+class Run:
+    """simclr.py under torchrun, with a small network."""
+
+    def __init__(self, n: int, *arguments: str, restarts: int = 0) -> None:
+        start = [*TORCHRUN, f"--nproc_per_node={n}", f"--max-restarts={restarts}"]
+        command = [*start, str(REPOSITORY / "tests/thin_simclr.py"), *arguments]
+        self.process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+
+    def workers(self) -> list[int]:
+        """Their process numbers, in the order of their ranks."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        with open(path) as file:
+            return [int(number) for number in file.read().split()]
+
+    def wait(self) -> tuple[int, list[str]]:
+        """Exit code, and what our code said on stderr."""
+        _, stderr = self.process.communicate(timeout=120)
+        lines = stderr.replace("\r", "\n").splitlines()
+        return self.process.returncode, [line for line in lines if "error:" in line.split("(")[0]]
+
+
+def epochs(folder) -> list[int]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["epoch"] for line in lines]
+
+
+def wait_for(folder, count: int) -> None:
+    """Until metrics.jsonl has so many lines."""
+    for _ in range(1200):
+        if len(epochs(folder)) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{count} epochs took longer than a minute")
+
+
+@pytest.fixture
+def job(write_images, tmp_path, config, thin):
+    """job.folder, job.arguments for the command line, job.cfg for this process."""
+    data = write_images(tmp_path / "images", train=16, test=3)
+    keys = [
+        "dataset=folder", f"data_dir={data}", "image_size=8", "batch_size=16", "epochs=60",
+        "device=cpu", "precision=fp32", "knn_interval=20", "hidden_dim=16", "projection_dim=8",
+        "save_minutes=0",
+    ]  # fmt: skip
+
+    class Job:
+        folder = tmp_path / "run"
+        arguments = (*keys, f"hydra.run.dir={folder}")
+        cfg = config(*keys)
+
+    return Job
+
+
+def test_a_run_goes_on_after_a_kill_and_signals_with_other_numbers_of_processes(job, tmp_path):
+    """Two processes, one of which is killed and started again; then four; then one."""
+    two = Run(2, *job.arguments, "resume=false", restarts=1)  # a restart goes on all the same
+    wait_for(job.folder, 3)
+    os.kill(two.workers()[1], signal.SIGKILL)
+    wait_for(job.folder, len(epochs(job.folder)) + 3)
+    two.process.send_signal(signal.SIGTERM)
+    assert two.wait()[0] == 1  # torchrun's code
+    log = (job.folder / "simclr.log").read_text()
+    assert log.count("goes on from") == 1 and log.count("images of") == 2  # by process 0 alone
+
+    four = Run(4, *job.arguments)
+    wait_for(job.folder, len(epochs(job.folder)) + 3)
+    four.process.send_signal(signal.SIGTERM)
+    code, said = four.wait()
+    assert (code, said) == (1, [])
+
+    simclr.pretrain(job.cfg, job.folder)
+    assert epochs(job.folder) == list(range(1, 61))
+    single = tmp_path / "single"
+    single.mkdir()
+    simclr.pretrain(job.cfg, single)
+    ours, whole = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (job.folder, single)
+    )
+    for name in ("loss", "contrastive_accuracy", "alignment", "gradient_norm"):
+        assert ours[0][name] == pytest.approx(whole[0][name], rel=2e-3), name
+    assert ours[-1]["learning_rate"] == whole[-1]["learning_rate"]
+
+
+def test_one_process_that_ends_ends_all(job):
+    run = Run(2, *job.arguments)
+    wait_for(job.folder, 1)
+    before = time.monotonic()
+    os.kill(run.workers()[1], signal.SIGKILL)
+    code, said = run.wait()
+    assert code == 1 and time.monotonic() - before < 60
+    assert len(said) <= 1 and all("another process has ended" in line for line in said)
+
+
+def test_a_mistake_of_the_user_is_said_once(job):
+    run = Run(2, *job.arguments, "data_dir=nowhere")
+    code, said = run.wait()
+    said = [line for line in said if "another process has ended" not in line]
+    assert code == 1 and len(said) == 1 and said[0].startswith("error: nowhere/train")
+
+
+def test_the_batch_makes_equal_parts(monkeypatch):
+    distributed.check_parts(6, None)
+    with pytest.raises(ConfigError, match="micro_batch_size=4: must divide the 6 images of each"):
+        distributed.check_parts(6, 4)
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    distributed.check_parts(32, 2)
+    with pytest.raises(ConfigError, match="batch_size=24: must be a multiple of 16, four images"):
+        distributed.check_parts(24, None)
+    with pytest.raises(ConfigError, match="micro_batch_size=3: must divide the 8 images"):
+        distributed.check_parts(32, 3)
+
+
+def test_parts_of_the_columns(monkeypatch):
+    x = torch.arange(16).view(1, 16)
+    assert torch.equal(distributed.own_part(x, views=2), x)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.own_part(x, views=2).tolist() == [[4, 5, 6, 7, 12, 13, 14, 15]]
+    assert distributed.own_part(x[0]).tolist() == list(range(8, 16))
+
+
+def test_processes_that_found_another_state_do_not_go_on(monkeypatch):
+    distributed.check_same((3, 4), "the state")
+    monkeypatch.setattr(distributed, "largest", lambda number: max(number, 2))
+    with pytest.raises(UserError, match="the processes differ in the state in x: it must be on a"):
+        distributed.check_same((1, 0), "the state in x")
+
+
+def test_a_signal_to_another_process_stops_this_one_too():
+    with StopSignals(agree=lambda number: max(number, signal.SIGTERM)) as stop:
+        assert stop.received is None
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.check()
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused = pytest.raises(UserError, match=r"process 3 of this machine has no GPU .*at most 2")
+    with refused, distributed.joined(torch.device("cuda")):
+        pass
+
+
+def test_the_evaluation_is_refused_under_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        simclr_lin.main.__wrapped__(None)
+    assert end.value.code == 2 and "start it by python, not torchrun" in capsys.readouterr().err
