@@ -6,6 +6,7 @@ In a single process each function here gives back what it got, so that simclr.py
 import itertools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +23,7 @@ from errors import ConfigError, UserError
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _groups = itertools.count()  # a job of a sweep after the other
-TIMEOUT = timedelta(minutes=10)  # of one process for another; torchrun notices sooner if one ends
+TIMEOUT = timedelta(minutes=30)  # of waiting, for a download at most; torchrun ends all if one ends
 
 
 def launched() -> bool:
@@ -31,8 +32,8 @@ def launched() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again, after a failure (--max-restarts)."""
-    return int(os.environ.get(RESTARTS, "0")) > 0
+    """Whether torchrun started processes again, after a failure (--max-restarts)."""
+    return largest(int(os.environ.get(RESTARTS, "0"))) > 0
 
 
 def rank() -> int:
@@ -66,9 +67,7 @@ def joined(device: torch.device) -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, number, processes = next(dist.rendezvous("env://"))
-    # the store outlives a restart (torch 2.14.1), and with it the addresses of those that ended
-    store = dist.PrefixStore(f"{os.environ.get(RESTARTS, 0)}.{next(_groups)}", store)
+    store, number, processes = fresh_store()
     dist.init_process_group(
         backend, store=store, rank=number, world_size=processes, timeout=TIMEOUT
     )
@@ -77,6 +76,33 @@ def joined(device: torch.device) -> Iterator[None]:
         wait_for_all()
     finally:
         dist.destroy_process_group()
+
+
+def fresh_store() -> tuple[dist.Store, int, int]:
+    """A store that the first process serves, the number of this process, and of how many.
+
+    torchrun's store can outlive a restart (torch 2.14.1), and in it the addresses of those that
+    have ended; nor do all machines count the same restarts. So it is only asked for the port of
+    ours, again and again until someone answers there: the one of the start before is dead.
+    """
+    torchruns, number, processes = next(dist.rendezvous("env://"))
+    host, key = os.environ["MASTER_ADDR"], f"simclr{next(_groups)}"
+    if number == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        torchruns.set(key, str(store.port))
+        return store, number, processes
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while True:
+        try:
+            port = int(torchruns.get(key))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=3))
+        except dist.DistError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+        else:
+            store.set_timeout(TIMEOUT)
+            return store, number, processes
 
 
 def check_parts(batch_size: int, micro_batch_size: int | None) -> None:

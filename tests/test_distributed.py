@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,8 +91,9 @@ def test_known_mistakes_would_be_seen(steps, case, least, n):
 class Run:
     """simclr.py under torchrun, with a small network."""
 
-    def __init__(self, n: int, *arguments: str, restarts: int = 0) -> None:
+    def __init__(self, n: int, *arguments: str, restarts: int = 0, machines: str = "") -> None:
         start = [*TORCHRUN, f"--nproc_per_node={n}", f"--max-restarts={restarts}"]
+        start += machines.split()
         command = [*start, str(REPOSITORY / "tests/thin_simclr.py"), *arguments]
         self.process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
 
@@ -170,6 +172,19 @@ def test_a_run_goes_on_after_a_kill_and_signals_with_other_numbers_of_processes(
     for name in ("loss", "contrastive_accuracy", "alignment", "gradient_norm"):
         assert ours[0][name] == pytest.approx(whole[0][name], rel=2e-3), name
     assert ours[-1]["learning_rate"] == whole[-1]["learning_rate"]
+
+
+def test_a_restart_on_one_machine_restarts_the_others(job):
+    """Two of them, played by two torchruns, which need not count the same restarts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+    machines = f"--nnodes=2 --rdzv_backend=c10d {endpoint}"
+    runs = [Run(1, *job.arguments, restarts=3, machines=machines) for _ in range(2)]
+    wait_for(job.folder, 2)
+    os.kill(runs[0].workers()[0], signal.SIGKILL)
+    assert [run.wait()[0] for run in runs] == [0, 0]
+    assert epochs(job.folder) == list(range(1, 61))
 
 
 def test_one_process_that_ends_ends_all(job):

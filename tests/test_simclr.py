@@ -165,7 +165,7 @@ def test_the_loss_gets_the_two_views_of_an_image_in_the_same_row(run, batches, m
     seen, outputs = [], []
     embed = SimCLR.forward
 
-    def loss(z1, z2, temperature):
+    def loss(z1, z2, temperature, *processes):
         seen.append((z1, z2, temperature))
         return nt_xent(z1, z2, temperature)
 
@@ -368,7 +368,7 @@ def test_views_grow_over_the_run_as_view_sizes_says(run, batches):
 def test_the_model_computes_in_the_precision_and_the_loss_in_float32(run, monkeypatch, name, dtype):
     seen = []
 
-    def loss(z1, z2, temperature):
+    def loss(z1, z2, temperature, *processes):
         value, accuracy = nt_xent(z1, z2, temperature)
         seen.append((z1.dtype, value.dtype))
         return value, accuracy

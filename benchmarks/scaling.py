@@ -1,0 +1,109 @@
+"""Training steps by several processes under torchrun: views per second, share of communication.
+
+    python benchmarks/scaling.py                          # 1 and 2 processes of one thread each
+    python benchmarks/scaling.py --processes 1 2 4 8 --batch 4096      # on a machine with 8 GPUs
+
+The same batch is shared by all processes, so that twice as many are at best twice as fast. In turn
+with each step the same step without communication is timed: collectives leave what they get, and
+gradients are not averaged. The difference is the share; it has the wait for the slower process in
+it. On CPUs each process has one thread: two of them are compared with one on half the machine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from harness import alternate, config, describe_machine, finish, parser
+
+import distributed
+from device import select_device
+from errors import StopSignals
+from simclr import start_training, train_steps
+
+
+def leave(parts: list[torch.Tensor], own: torch.Tensor) -> None:
+    """An all_gather that takes nothing from anyone."""
+    for part in parts:
+        part.copy_(own)
+
+
+def time_steps(backbone: str, batch: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of training steps with and without communication, in this process."""
+    cfg = config(f"backbone={backbone}", f"batch_size={batch}", "compile=false", "epochs=1000")
+    device = select_device(cfg.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    with distributed.joined(device):
+        training = start_training(cfg, device, cfg.epochs)
+        images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
+        training.order = torch.arange(batch, device=device)
+
+        def step() -> None:
+            (found,) = train_steps(cfg, training, images, StopSignals(distributed.largest))
+            float(found["loss"])  # wait for it
+
+        def alone() -> None:
+            ddp = training.parallel
+            gradients = ddp.no_sync() if distributed.world() > 1 else nullcontext()
+            reduce = patch.object(dist, "all_reduce", lambda *args, **kwargs: None)
+            with gradients, reduce, patch.object(dist, "all_gather", leave):
+                step()
+
+        return alternate({"all": step, "alone": alone}, repeats)
+
+
+def measure(processes: int, arguments: list[str]) -> dict[str, list[float]]:
+    """`time_steps` of the first of so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += [__file__, "--worker", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """A row for each number of processes, and as the last line one JSON object."""
+    args = parser(__doc__)
+    args.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    args.add_argument("--backbone", default="resnet18")
+    args.add_argument("--batch", type=int, default=128)
+    args.add_argument("--repeats", type=int, default=10)
+    args.add_argument("--worker", action="store_true", help="one of the processes: not by hand")
+    args = args.parse_args()
+    if args.worker:
+        seconds = time_steps(args.backbone, args.batch, args.repeats)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(seconds))
+        return
+    arguments = [f"--{key}={getattr(args, key)}" for key in ("backbone", "batch", "repeats")]
+    describe_machine()
+    print(f"{'processes':>10}{'views/s':>9}{'median s':>10}{'min to max':>16}{'speed':>7}  shared")
+    results, first = {}, None
+    for processes in args.processes:
+        seconds = measure(processes, arguments)
+        times, middle = seconds["all"], median(seconds["all"])
+        first = first or middle
+        share = max(0.0, 1 - median(seconds["alone"]) / middle)
+        spread = f"{min(times):.3f} to {max(times):.3f}"
+        print(
+            f"{processes:10}{2 * args.batch / middle:9,.0f}{middle:10.3f}{spread:>16}"
+            f"{first / middle:6.2f}×{share:8.1%}"
+        )
+        results[f"speed_{processes}"] = first / middle
+        results[f"communication_{processes}"] = share
+    finish(results)
+
+
+if __name__ == "__main__":
+    main()
