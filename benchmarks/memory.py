@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                                   # the table of the README
     python benchmarks/memory.py --backbone resnet50 --batch 4096 --micro 128
+    python benchmarks/memory.py --batch 65536 --processes 64      # of the loss alone, in one of 64
 
 torch's MemTracker adds up what weights, gradients, optimizer, activations and temporaries of the
 real training step would take, under FakeTensorMode: tensors with shapes and no content. What it
@@ -64,16 +65,15 @@ def step_memory(
         return tracker.get_tracker_snapshot("peak")[device]["Total"] / GIB
 
 
-def loss_matrices(n: int = 4096, dim: int = 128) -> float:
-    """Peak memory of NT-Xent, forward and backward, in matrices of (2n, 2n) float32."""
+def loss_memory(batch: int, processes: int = 1, dim: int = 128) -> float:
+    """Peak bytes of NT-Xent, forward and backward, in one of the processes that share the batch."""
     with FakeTensorMode():
-        z = [torch.rand(n, dim, requires_grad=True) for _ in range(2)]
+        z = [torch.rand(batch // processes, dim, requires_grad=True) for _ in range(2)]
         tracker = MemTracker()
         tracker.track_external(*z)
         with tracker:
-            nt_xent(*z)[0].backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    return peak / (4 * (2 * n) ** 2)
+            nt_xent(*z, gather=lambda own: torch.cat([own] * processes))[0].backward()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
 def main() -> None:
@@ -83,7 +83,13 @@ def main() -> None:
     args.add_argument("--batch", type=int, nargs="+", default=[256, 512, 1024])
     args.add_argument("--size", type=int, default=32)
     args.add_argument("--micro", type=int, help="micro_batch_size")
+    args.add_argument("--processes", type=int, help="that share the batch, for the loss alone")
     args = args.parse_args()
+    if args.processes:
+        loss = {f"loss_{n}": loss_memory(n, args.processes) / 2**20 for n in args.batch}
+        print("NT-Xent in one process, MiB:")
+        finish(loss)
+        return
     columns = [
         (f"{name}{' checkpointed' * recompute}", dtype, recompute)
         for recompute in (False, True)
@@ -100,7 +106,7 @@ def main() -> None:
                 results[f"{backbone}_{batch}_{name.replace(' ', '_')}"] = round(gib, 2)
                 print(f"{gib:18.1f}", end="", flush=True)
             print()
-    results["loss_matrices_at_4096"] = round(loss_matrices(), 3)
+    results["loss_matrices_at_4096"] = round(loss_memory(4096) / (4 * 8192**2), 3)
     print(f"NT-Xent at N = 4,096: {results['loss_matrices_at_4096']} matrices of 8,192 × 8,192")
     finish(results)
 
