@@ -1,10 +1,9 @@
-"""One table of several runs: the settings in which they differ, and what they reached.
+"""A table of several runs: the settings in which they differ, and their accuracies in %.
 
     python compare.py logs/SimCLR/sweep/*
 
-Sorted by the kNN accuracy that simclr.py reports at its end: of held-out training images, so that a
-choice made by this order is not made on the test set. Beside it the test accuracies, where
-simclr_lin.py has found them, and the epochs. Accuracies in %.
+Sorted by the final kNN accuracy of simclr.py on held-out training images, so that choosing by this
+order does not choose on the test set. Test accuracies of simclr_lin.py stand beside it.
 """
 
 import argparse
@@ -16,20 +15,20 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from errors import UserError, one_line_errors
-from metrics import read_metrics
-from results import markdown
-from state import MAY_CHANGE
+from config import MAY_CHANGE
+from evaluation.results import markdown
+from system.errors import UserError, one_line_errors
+from training.metrics import read_metrics
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """The config of a run, the last line of its metrics and its results, in one dict.
+    """Config, last metrics and results of a run directory in one dict.
 
-    Raises UserError if it is no run.
+    Raises UserError if it is not a run directory or has a damaged file.
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run} is no run: it has no config.yaml")
+        raise UserError(f"{run} is not a run directory: it has no config.yaml")
     try:
         lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
         last = lines[-1] if lines else {"epoch": 0, "knn_acc": None}  # in its first epoch
@@ -42,7 +41,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table, the best run first; those without a kNN accuracy last."""
+    """A Markdown table, best run first; runs without a kNN accuracy last."""
     configs = [run["config"] for run in runs]
     keys = [key for key in configs[0] if key not in MAY_CHANGE]
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
@@ -71,7 +70,7 @@ def main() -> None:
         for run in set(folders) - set(runs):
             print(f"left out {run}, which has no config.yaml", file=sys.stderr)
         if not runs:
-            raise UserError(f"no run among {', '.join(map(str, args.runs))}")
+            raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")
         print(compare([read_run(run) for run in runs]))
 
 

@@ -1,9 +1,9 @@
-"""The one config, simclr_config.yml: how it reaches Hydra, and what each key may be."""
+"""The config: how simclr_config.yml reaches Hydra, and which values each key may have."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -11,37 +11,30 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data import DATASETS
-from device import DEVICES, PRECISIONS
-from errors import ConfigError, UserError, one_line_errors
+from images.datasets import DATASETS
 from models import BACKBONES
-from optim import OPTIMIZERS
+from system.device import DEVICES, PRECISIONS, RECOMPUTED
+from system.errors import ConfigError, UserError, one_line_errors
+from training.optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
 PROTOCOLS = ("knn", "linear", "linear_clean", "logistic", "finetune")
 BASELINES = ("random", "pixels")
 
-Rule = tuple[Callable[[Any], bool], str]  # a test of the value, and what it allows in words
+Rule = tuple[Callable[[Any], bool], str]  # a test of the value; what is allowed, in words
 
 
 def register_config() -> None:
-    """Give Hydra the YAML under the name `simclr_config`.
+    """Register simclr_config.yml with Hydra under the name `simclr_config`.
 
     Hydra 1.2 and later look for `.yaml` only; a node in the ConfigStore is found whatever its
     file is called. `per_256` and `times_root` are the linear and the square-root scaling rule of
     the learning rate (App. B.1), which OmegaConf, having no arithmetic, cannot write itself.
     """
-    OmegaConf.register_new_resolver("per_256", _per_256, replace=True)
-    OmegaConf.register_new_resolver("times_root", _times_root, replace=True)
+    rules = {"per_256": lambda base, n: base * n / 256, "times_root": lambda base, n: base * n**0.5}
+    for name, rule in rules.items():
+        OmegaConf.register_new_resolver(name, rule, replace=True)
     ConfigStore.instance().store(name="simclr_config", node=OmegaConf.load(CONFIG_FILE))
-
-
-def _per_256(base: float, batch_size: int) -> float:
-    return base * batch_size / 256
-
-
-def _times_root(base: float, batch_size: int) -> float:
-    return base * math.sqrt(batch_size)
 
 
 def _one_of(names: tuple[str, ...]) -> Rule:
@@ -57,11 +50,9 @@ def _number(low: float, high: float = math.inf, above: bool = False, below: bool
     """A finite number between `low` and `high`; `above` and `below` exclude the ends."""
 
     def ok(value: Any) -> bool:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            return False
-        return (low < value if above else low <= value) and (
-            value < high if below else value <= high
-        )
+        ends = ([] if above else [low]) + ([] if below else [high])
+        number = type(value) in (int, float) and math.isfinite(value)
+        return number and (low < value < high or value in ends)
 
     allowed = f"a number {'above' if above else 'from'} {low:g}"
     if high < math.inf:
@@ -78,9 +69,8 @@ def _list_of(rule: Rule, least: int = 1) -> Rule:
     """A list without repetitions."""
 
     def ok(value: Any) -> bool:
-        if not isinstance(value, list) or len(value) < least:
-            return False
-        return all(map(rule[0], value)) and len(set(value)) == len(value)
+        values = isinstance(value, list) and len(value) >= least and all(map(rule[0], value))
+        return values and len(set(value)) == len(value)
 
     return ok, f"a list, {'[…]' if least else '[] or […]'}, of {rule[1]}"
 
@@ -99,11 +89,10 @@ def _view_sizes() -> Rule:
     size, share = _integer(8, 1024)[0], _number(0, 1, above=True)[0]
 
     def ok(value: Any) -> bool:
-        if not isinstance(value, list) or not 1 <= len(value) <= 8:  # torch.compile takes no more
-            return False
-        pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        pairs = isinstance(value, list) and 1 <= len(value) <= 8  # torch.compile takes no more
         return (
             pairs
+            and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
             and all(size(pixels) and share(part) for pixels, part in value)
             and math.isclose(sum(part for _, part in value), 1, abs_tol=0.01)
         )
@@ -167,28 +156,34 @@ RULES: dict[str, Rule] = {
     "finetune_weight_decay": _either(DECAY, _list_of(DECAY)),
     "predict": _either(NULL, PATH),
 }
-OF_EVALUATION = tuple(RULES)[tuple(RULES).index("checkpoint") :]  # what simclr.py does not read
+KEYS = tuple(RULES)
+# Keys that may change when a run is resumed: where and how it is computed, not what. Instead of
+# data_dir a checksum of the images is compared, of precision what `auto` stands for.
+MAY_CHANGE = (
+    "data_dir", "workers", "device", "compile", "activation_checkpointing", "log_interval",
+    "knn_interval", "save_minutes", "resume", *KEYS[KEYS.index("checkpoint") :],
+)  # fmt: skip
 
 
 class CheckConfig(Callback):
-    """Hydra calls this before it makes the run folder, but in a sweep: nothing is left behind."""
+    """Hydra calls this before it makes the run directory of a single run, not of a sweep."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check every value, then make the folder; end the process in one line if that can't be."""
+        """Check every value, then make the run directory; on an error nothing is left behind."""
         with one_line_errors():
             check_values(config)
-            folder = Path(config.hydra.run.dir)
+            run_dir = Path(config.hydra.run.dir)
             try:  # before Hydra does, with a traceback
-                folder.mkdir(parents=True, exist_ok=True)
+                run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
-                    f"{folder} cannot be made ({error.strerror}): choose another run folder with "
-                    "hydra.run.dir=PATH"
+                    f"{run_dir} cannot be made ({error.strerror}): choose another run directory "
+                    "with hydra.run.dir=PATH"
                 ) from None
 
 
 def check_values(cfg: DictConfig) -> DictConfig:
-    """The same config, less Hydra's own block, with every value resolved.
+    """The same config without Hydra's own block, with every value resolved.
 
     Raises ConfigError: the key, its value and what is allowed.
     """
@@ -196,45 +191,6 @@ def check_values(cfg: DictConfig) -> DictConfig:
         if key not in RULES and key != "hydra":
             raise ConfigError(f"{key}: no such key; there are {', '.join(RULES)}")
     return OmegaConf.create({key: _checked(cfg, key) for key in RULES})
-
-
-def check_config(cfg: DictConfig, peak: str) -> DictConfig:
-    """`check_values`, and what concerns one script: its cosine goes down, its keys are its own.
-
-    `peak`, where that cosine starts: "learning_rate" for simclr.py, "finetune_learning_rate" for
-    simclr_lin.py. Raises ConfigError.
-    """
-    cfg = check_values(cfg)
-    for key in ("checkpoint", "load_epoch", "labels", "predict") if peak == "learning_rate" else ():
-        if cfg[key] is not None:  # would be ignored, and looks like a resume
-            raise ConfigError(
-                f"{key}={cfg[key]}: must be null for simclr.py, which starts from random weights "
-                "and trains on no label; simclr_lin.py evaluates a checkpoint"
-            )
-    smallest = min([cfg.image_size, *(pixels for pixels, _ in cfg.view_sizes or [])])
-    if not cfg.cifar_stem and smallest < 32:
-        # at 16 the last stage sees 1×1, of which torch 2.14.1 on a CPU computes no gradient in
-        # bfloat16: that of a 3×3 convolution of stride 2 is memory nobody has written to
-        raise ConfigError(
-            f"cifar_stem=false: must be true for views of {smallest} pixels, below 32: the other "
-            "stem and the stages divide the side by 32"
-        )
-    if peak == "learning_rate" and cfg.warmup_epochs >= cfg.epochs:
-        raise ConfigError(
-            f"warmup_epochs={cfg.warmup_epochs}: must be less than epochs, which is {cfg.epochs}"
-        )
-    lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
-    if cfg.min_learning_rate > lowest:
-        raise ConfigError(
-            f"min_learning_rate={cfg.min_learning_rate:g}: must be at most {peak}, which is "
-            f"{lowest:g} (it follows batch_size unless set)"
-        )
-    if cfg.checkpoint is not None and cfg.load_epoch is not None:
-        raise ConfigError(
-            f"load_epoch={cfg.load_epoch}: must be null beside checkpoint={cfg.checkpoint}, "
-            "which names one file already: give one of the two"
-        )
-    return cfg
 
 
 def _checked(cfg: DictConfig, key: str) -> Any:
@@ -248,7 +204,48 @@ def _checked(cfg: DictConfig, key: str) -> Any:
     return value
 
 
-def run_folder() -> Path:
-    """Hydra's output folder, relative to the working directory where it lies below it."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+def check_config(cfg: DictConfig, peak: str) -> DictConfig:
+    """`check_values`, and the rules between keys for one of the two scripts.
+
+    peak: the key where its cosine schedule starts, "learning_rate" for simclr.py and
+    "finetune_learning_rate" for simclr_lin.py. Raises ConfigError.
+    """
+    cfg = check_values(cfg)
+    pretraining = peak == "learning_rate"
+    for key in ("checkpoint", "load_epoch", "labels", "predict") if pretraining else ():
+        if cfg[key] is not None:  # would be ignored, and looks like a resume
+            _refuse(
+                cfg, key, "null for simclr.py, which starts from random weights and trains on no "
+                "label; simclr_lin.py evaluates a checkpoint",
+            )  # fmt: skip
+    smallest = min([cfg.image_size, *(pixels for pixels, _ in cfg.view_sizes or [])])
+    if not cfg.cifar_stem and smallest < 32:
+        # at 16 the last stage sees 1×1, of which torch 2.14.1 on a CPU computes no gradient in
+        # bfloat16: that of a 3×3 convolution of stride 2 is uninitialised memory
+        _refuse(
+            cfg, "cifar_stem", f"true for views of {smallest} pixels, below 32: the other stem and "
+            "the stages divide the side by 32",
+        )  # fmt: skip
+    if pretraining and cfg.warmup_epochs >= cfg.epochs:
+        _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}")
+    lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
+    if cfg.min_learning_rate > lowest:
+        reason = f"at most {peak}, which is {lowest:g} (it follows batch_size unless set)"
+        _refuse(cfg, "min_learning_rate", reason)
+    if cfg.checkpoint is not None and cfg.load_epoch is not None:
+        _refuse(cfg, "load_epoch", f"null beside checkpoint={cfg.checkpoint}, which names one file")
+    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
+    if pretraining and cfg.compile is True and recompute:
+        _refuse(cfg, "compile", f"false or auto {RECOMPUTED}")
+    return cfg
+
+
+def _refuse(cfg: DictConfig, key: str, allowed: str) -> NoReturn:
+    value = str(cfg[key]).lower() if isinstance(cfg[key], bool) else cfg[key]
+    raise ConfigError(f"{key}={value}: must be {allowed}")
+
+
+def run_directory() -> Path:
+    """Hydra's output directory, relative to the working directory where it lies below it."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir

@@ -1,7 +1,7 @@
 """The model and the loss of SimCLR (Chen et al. 2020, arXiv 2002.05709).
 
-h = enc(x)          representation, what is kept after pretraining
-z = projector(h)    projection, where the contrastive loss is applied
+h = enc(x)          representation, kept for evaluation
+z = projector(h)    projection, input of the contrastive loss
 nt_xent(z1, z2)     normalised temperature-scaled cross-entropy, Eq. 1
 """
 
@@ -30,12 +30,12 @@ class SimCLR(nn.Module):
 
     The encoder is torchvision's, without pretrained weights and without `fc`. `cifar_stem`
     replaces its first convolution (7×7, stride 2) by one of 3×3, stride 1, padding 1 and drops
-    the max-pool, so that a 32×32 image is not down to 8×8 before the first residual block
+    the max-pool, which would reduce a 32×32 image to 8×8 before the first residual block
     (App. B.9). The head has no batch norm. With the defaults the keys of the state dict are those
     of the published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
     torchvision ResNet with the same stem and `fc = nn.Identity()`. `activation_checkpointing`
-    recomputes each residual block in the backward pass: the same gradients, in half (resnet18) to
-    a third (resnet50) of the memory. `micro_batch_size`: see `in_parts`.
+    recomputes each residual block in the backward pass: the same gradients, with half (resnet18)
+    to a third (resnet50) of the memory. `micro_batch_size`: see `embed_in_micro_batches`.
 
     Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
     for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
@@ -73,18 +73,18 @@ class SimCLR(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (N, 3, H, W), values in [0, 1]. Returns h: (N, D) and z: (N, projection_dim)."""
         if self.training and self.micro_batch_size is not None:
-            return in_parts(self, self.embed, x, self.micro_batch_size)
+            return embed_in_micro_batches(self, self.embed, x, self.micro_batch_size)
         return self.embed(x)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, all of x at once."""
+        """`forward` for all of x at once."""
         h = self.enc(x)  # N×D
         z = self.projector(h)  # N×d
         return h, z
 
 
 def recompute_blocks(enc: nn.Module) -> None:
-    """Let each residual block keep its input only and run again in the backward pass."""
+    """Activation checkpointing per residual block: keep its input, recompute it in backward."""
     for block in enc.modules():
         if isinstance(block, BasicBlock | Bottleneck):
             contexts = partial(_contexts, block)
@@ -98,36 +98,36 @@ def recompute_blocks(enc: nn.Module) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _buffers_restored(block)  # around the forward pass, around the second
+    return nullcontext(), _buffers_restored(block)  # for the forward pass, for the recomputation
 
 
 @contextmanager
 def _buffers_restored(block: nn.Module) -> Iterator[None]:
-    """Batch norm must not count a batch twice in its running statistics."""
+    """Keep batch norm from counting a batch twice in its running statistics."""
     before = [buffer.clone() for buffer in block.buffers()]
     try:
         yield
-    finally:  # checkpoint ends the second run by an exception, once it has what it needs
+    finally:  # torch's checkpoint ends the recomputation early, by an exception
         for buffer, value in zip(block.buffers(), before, strict=True):
             buffer.copy_(value)
 
 
-def in_parts(
+def embed_in_micro_batches(
     model: nn.Module,
     embed: Callable[[Tensor], tuple[Tensor, Tensor]],
     views: Tensor,
     micro_batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """embed(views) of the model, a part of views (2N, 3, S, S) at a time: gradient caching.
+    """Gradient caching: embed(views) in micro-batches; views: (2N, 3, S, S).
 
     Rows i and N+i are the views of image i. Both views of `micro_batch_size` images go through the
-    model, once without keeping activations, and again in the backward pass, when the gradient of
-    the loss of all 2N is known. Memory is that of one part, time a forward pass more. Batch norm
-    takes the statistics of each part, as several GPUs do that don't synchronise it, and counts
-    each part once.
+    model without keeping activations, and again in the backward pass, when the gradient of the
+    loss of all 2N views is known. It takes the memory of one micro-batch and the time of a second
+    forward pass. Batch norm takes the statistics of each micro-batch, as several GPUs without
+    synchronised batch norm do, and counts each once.
     """
     firsts, seconds = (half.split(micro_batch_size) for half in views.chunk(2))
-    parts = []
+    micro_batches = []
     for pair in zip(firsts, seconds, strict=True):
         embedded = checkpoint(
             embed,
@@ -136,8 +136,8 @@ def in_parts(
             preserve_rng_state=False,
             context_fn=partial(_contexts, model),
         )
-        parts.append([e.chunk(2) for e in embedded])  # h and z, each of both views
-    h, z = (torch.cat([part[e][view] for view in (0, 1) for part in parts]) for e in (0, 1))
+        micro_batches.append([e.chunk(2) for e in embedded])  # h and z, each of both views
+    h, z = (torch.cat([part[e][view] for view in (0, 1) for part in micro_batches]) for e in (0, 1))
     return h, z
 
 
@@ -155,12 +155,12 @@ def nt_xent(
     z1, z2: (N, d), N >= 1, of any floating type; row i of both comes from image i, and the other
     2N-2 rows are its negatives. sim is the cosine, negative values included. Everything is
     computed in float32, under autocast too: a half-precision softmax loses the small terms.
-    Of several processes each has N images of the batch, `gather` gives it the rows of all, its
-    own after those of the `rank` processes before it, and it averages over its own 2N.
+    With several ranks z1 and z2 are the N images of this rank, `gather` concatenates the rows of
+    all ranks in order of rank, and the loss is the mean over this rank's 2N views.
 
-    Returns two float32 scalars: the loss, log(2N-1) where all embeddings are the same, and,
-    detached, the contrastive accuracy: the share of views, in [0, 1], whose partner is the
-    most similar of the other 2N-1.
+    Returns two float32 scalars: the loss, which is log(2N-1) if all embeddings are the same; and,
+    detached, the contrastive accuracy: the fraction of views, in [0, 1], whose partner is the most
+    similar of the other 2N-1.
     Raises ValueError if the shapes differ, are not (N, d), or the temperature is not positive.
     """
     if z1.shape != z2.shape or z1.dim() != 2 or len(z1) == 0:
@@ -170,12 +170,12 @@ def nt_xent(
     n, loss, nearest = len(z1), 0.0, []
     with _full_precision(z1.device.type):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
-        everyone, first = gather(z), 2 * n * rank  # the same z, and 0, in a single process
-        # One view after the other: the backward pass then holds a softmax of N×2N for each and, for
-        # one of them, two gradients of that size: two matrices of 2N×2N, where all at once takes 3.
+        all_z, first = gather(z), 2 * n * rank  # z itself and 0 with a single rank
+        # One view at a time: the backward pass then holds a softmax of N×2N for each view and two
+        # gradients of that size for one: two matrices of 2N×2N, where both at once take three.
         for own, partner in ((0, n), (n, 0)):
-            similarity = (z[own : own + n] / temperature) @ everyone.T  # N×2N
-            similarity.diagonal(first + own).fill_(float("-inf"))  # k ≠ i: none with itself
+            similarity = (z[own : own + n] / temperature) @ all_z.T  # N×2N
+            similarity.diagonal(first + own).fill_(float("-inf"))  # k ≠ i
             target = torch.arange(n, device=z.device) + (first + partner)  # i <-> N+i
             loss = loss + F.cross_entropy(similarity, target, reduction="sum")
             nearest.append(similarity.detach().argmax(dim=1) == target)

@@ -1,14 +1,14 @@
-"""Pictures of runs: what the encoder was shown, how it learned, and what it learned.
+"""Pictures of a run: augmented views, training curves, embedding, neighbours, confusion matrix.
 
-    python plot.py RUN                 # all of them, as PNG and SVG, into the run folder
-    python plot.py RUN RUN … --out F   # the curves of several runs in one picture, into folder F
+    python plot.py RUN                 # all of them, as PNG and SVG, into the run directory
+    python plot.py RUN RUN … --out D   # the curves of several runs in one picture, in directory D
     python plot.py dataset=digits      # views.png alone, from the config, before any training
 
 curves       loss, contrastive accuracy, learning rate and kNN over the epochs
 views        images, each with eight of its random views
 embedding    t-SNE of the representations of test images (newest checkpoint)
-neighbours   the first test image of each class, and the training images nearest to it
-confusion    what the linear layer takes for what, from results.json
+neighbours   the first test image of each class, and its nearest training images
+confusion    confusion matrix of the linear evaluation, from results.json
 
 Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts.
 """
@@ -34,16 +34,15 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
-from augment import draw, random_views
-from checkpoint import find_checkpoint, load_encoder
-from config import check_values, register_config
-from data import Split, draw_stratified, load_split, resize
-from device import select_device, select_precision
-from errors import ConfigError, UserError, one_line_errors
-from evaluation import clean_features
-from files import write_file
-from metrics import read_metrics
-from state import MAY_CHANGE
+from config import MAY_CHANGE, check_values, register_config
+from evaluation.features import clean_features
+from images.augment import draw, random_views
+from images.datasets import Split, draw_stratified, load_split, resize
+from system.checkpoint import find_checkpoint, load_encoder
+from system.device import select_device, select_precision
+from system.errors import ConfigError, UserError, one_line_errors
+from system.files import write_file
+from training.metrics import read_metrics
 
 matplotlib.use("Agg")
 # Ten colours that differ for colour-blind readers too (Petroff 2021, arXiv 2107.02270, Table 1).
@@ -51,12 +50,12 @@ COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 RIGHT, WRONG = COLORS[0], COLORS[6]  # blue and orange
 MARKERS = "osD^vP*X<>"
-EMBEDDED = 2000  # test images in the t-SNE: more takes minutes and looks no different
+EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no different
 pyplot.rcParams.update({"font.size": 9, "axes.prop_cycle": pyplot.cycler(color=COLORS)})
 
 
 def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Figure:
-    """Four quantities over the epochs; the legend has the settings that differ, or the names."""
+    """Training curves; the legend shows the settings that differ, or else the run's name."""
     panels = {
         "loss": ("NT-Xent loss", "nats", 1),
         "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
@@ -86,7 +85,7 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
 
 
 def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8) -> Figure:
-    """`rows` images, from all over the set, each with `columns` of its random views."""
+    """`rows` random images, each with `columns` of its random views."""
     rng, size = torch.Generator().manual_seed(cfg.seed), cfg.image_size
     chosen = images[torch.randperm(len(images), generator=rng)[:rows]].cpu()
     views = random_views(
@@ -120,7 +119,7 @@ def plot_embedding(h: Tensor, labels: Tensor, classes: list[str]) -> Figure:
 def plot_neighbours(
     train: Split, h: Tensor, test: Split, test_h: Tensor, size: int, columns: int = 8
 ) -> Figure:
-    """The first test image of each class (of ten) with its nearest training images by cosine."""
+    """The first test image of up to ten classes with its nearest training images by cosine."""
     queries = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()[:10]]
     cosine = F.normalize(test_h[queries].float(), dim=1) @ F.normalize(h.float(), dim=1).T
     nearest = cosine.topk(min(columns, len(h)), dim=1).indices
@@ -140,7 +139,7 @@ def plot_neighbours(
 
 
 def plot_confusion(results: dict[str, Any]) -> Figure:
-    """Shares of each true class, in %, by predicted class."""
+    """Confusion matrix in % of each true class."""
     matrix = np.array(results["confusion"])
     matrix = 100 * matrix / matrix.sum(axis=1, keepdims=True)
     figure, axis = pyplot.subplots(figsize=(8, 6.8), layout="constrained")
@@ -169,7 +168,7 @@ def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
 
 
 def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Figure]]:
-    """What the newest checkpoint of the run makes of the images."""
+    """The pictures that need the encoder: embedding and neighbours, from the newest checkpoint."""
     device = select_device(cfg.device)
     enc, _ = load_encoder(find_checkpoint(run, cfg.backbone, None))
     enc = enc.to(device, memory_format=torch.channels_last)
@@ -186,7 +185,7 @@ def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Fi
 
 
 def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figure]]:
-    """Each picture that can be made, with its name; says what is missing for the others."""
+    """Yield each picture that can be drawn with its name, and print what the others need."""
     configs = [read_config(run, overrides) for run in runs or [None]]
     if runs:
         named = zip(runs, configs, strict=True)
@@ -210,7 +209,7 @@ def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figu
 
 
 def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
-    """The checked config of a run, or simclr_config.yml's, with overrides."""
+    """The checked config of a run, or of simclr_config.yml if `run` is None, with overrides."""
     register_config()
     try:
         with initialize(version_base="1.3", config_path=None):
@@ -221,18 +220,18 @@ def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
                 cfg = OmegaConf.merge(cfg, {k: saved[k] for k in set(saved) & set(cfg) - given})
             return check_values(cfg)
     except OSError:
-        raise UserError(f"{run} is no run folder: it has no config.yaml") from None
+        raise UserError(f"{run} is not a run directory: it has no config.yaml") from None
     except HydraException as error:
         raise ConfigError(str(error)) from None
 
 
 def main() -> None:
-    """Draw what can be drawn, and say where it is."""
+    """Draw all pictures that can be drawn, and print their paths."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("arguments", nargs="*", metavar="RUN or key=value")
-    parser.add_argument("--out", type=Path, help="folder for the pictures; else that of the run")
+    parser.add_argument("--out", type=Path, help="directory for the pictures; default: the run's")
     args = parser.parse_args()
     given = [
         a for a in args.arguments if not a.endswith(".yaml")

@@ -5,16 +5,13 @@
     python simclr.py dataset=digits image_size=16 epochs=5    # needs no download
     torchrun --nproc_per_node=4 simclr.py                     # a quarter of the batch on each GPU
 
-Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run folder
-(logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch, the same
-for TensorBoard, simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py, and the state from
-which the same command goes on after it was stopped.
+Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run
+directory (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch,
+the same for TensorBoard, checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py,
+and the training state from which the same command resumes after it was stopped.
 """
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import hydra
@@ -22,32 +19,28 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
-import distributed
-from augment import draw, random_views
-from checkpoint import checkpoint_name
-from config import check_config, register_config, run_folder
-from data import Split, check_batch_size, load_pretraining
-from device import (
+from config import MAY_CHANGE, check_config, register_config, run_directory
+from evaluation.features import held_out_knn
+from images.augment import draw, random_views
+from images.datasets import Split, check_batch_size, load_pretraining
+from models import SimCLR, nt_xent
+from system.device import (
     autocast,
-    compile_obstacle,
-    out_of_memory,
     precision_name,
-    read_late,
     select_compile,
     select_device,
     select_precision,
     tune_convolutions,
 )
-from errors import ConfigError, NotFinite, Stopped, StopSignals, one_line_errors
-from evaluation import held_out_knn
-from files import locked
-from metrics import alignment, epoch_means, is_finite, spread, uniformity
-from models import SimCLR, nt_xent
-from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
-from record import Record, complete, say_end
-from state import Training, check_unchanged, load_state
+from system.errors import one_line_errors
+from system.files import locked
+from training import distributed
+from training.distributed import all_reduce_mean, local_shard
+from training.metrics import alignment, spread, uniformity
+from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
+from training.record import RunRecord, log_summary, report_complete
+from training.state import Training, find_state
 
 log = logging.getLogger("simclr")
 
@@ -63,7 +56,7 @@ def train_step(
     """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
 
     The model computes in `dtype` (mixed precision), the loss in float32; the scaler acts with
-    float16 alone. Returns what metrics.jsonl calls by these names, detached scalars on the device.
+    float16 alone. Returns the step metrics, detached scalars on the device.
     """
     with autocast(views.device, dtype):
         _, z = model(views)  # h: 2N×D, z: 2N×d
@@ -85,13 +78,47 @@ def train_step(
     }
 
 
-def start_training(
-    cfg: DictConfig, device: torch.device, steps: int, obstacle: str | None = None
-) -> Training:
-    """A run of `steps` steps before its first; everything random in it follows from cfg.seed.
+def train(
+    cfg: DictConfig,
+    training: Training,
+    images: Tensor,
+    knn: tuple[Split, Tensor, Tensor] | None,
+    record: RunRecord,
+) -> None:
+    """Train for the remaining epochs and steps; `record` logs, saves and stops the run."""
+    n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
+    learner = training.ddp_model, training.optimizer, training.scaler
+    colors = cfg.color_strength, cfg.grayscale_probability
+    augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
+    while training.epoch < cfg.epochs:
+        order = training.start_epoch(images)
+        for i in range(len(training.step_metrics), steps):
+            learning_rate, size = schedule(cfg, training.epoch * steps + i, cfg.epochs * steps)
+            batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, uint8
+            u = local_shard(draw(2 * n, training.rng), views=2)  # random numbers of each view
+            views = training.make_views(batch.repeat(2, 1, 1, 1), u, size, *augmentation)
+            set_learning_rate(training.optimizer, learning_rate)
+            metrics = train_step(*learner, views, cfg.temperature, training.dtype)
+            record.log_step(training, all_reduce_mean(metrics), learning_rate)
 
-    obstacle: what stands against compiling.
-    """
+        epoch, knn_acc = training.epoch + 1, None
+        if knn is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
+            at_once = 2 * (cfg.micro_batch_size or n // distributed.world_size())
+            shape = cfg.image_size, at_once, training.dtype
+            knn_acc = held_out_knn(training.model.enc, *knn, *shape, record.stop.check)
+        record.end_epoch(training, knn_acc, *schedule(cfg, epoch * steps - 1, cfg.epochs * steps))
+
+
+def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
+    """Learning rate and view size in pixels: pure functions of the global step."""
+    ends = cfg.learning_rate, cfg.min_learning_rate
+    warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
+    learning_rate = cosine_learning_rate(step, total_steps, *ends, warmup_steps)
+    return learning_rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1]])
+
+
+def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
+    """Build model, optimizer and random state for a new run of `steps` steps, from cfg.seed."""
     tune_convolutions()
     torch.manual_seed(cfg.seed)  # initial weights
     widths = cfg.projection_dim, cfg.hidden_dim
@@ -104,172 +131,52 @@ def start_training(
     optimizer = make_optimizer(cfg.optimizer, weights, cfg.momentum, cfg.weight_decay, fused)
     rng = torch.Generator(device).manual_seed(cfg.seed)
     make_views = random_views
-    sizes = cfg.view_sizes or [[cfg.image_size, 1.0]]
+    sizes = cfg.view_sizes or [[cfg.image_size, 1]]
     views = 2 * cfg.batch_size * steps * min(share * (size / 32) ** 2 for size, share in sizes)
-    compiled = select_compile(cfg.compile, device, views, obstacle)
+    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
+    compiled = select_compile(cfg.compile, device, views, recompute, distributed.world_size())
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
         make_views = torch.compile(random_views, dynamic=False)
-    trained = distributed.parallel(model, cfg.sync_batchnorm)
-    return Training(model, trained, optimizer, scaler, rng, dtype, make_views, compiled)
+    ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
+    return Training(model, ddp_model, optimizer, scaler, rng, dtype, make_views, compiled)
 
 
-def train_steps(
-    cfg: DictConfig, training: Training, images: Tensor, stop: StopSignals
-) -> Iterator[dict[str, Tensor]]:
-    """The steps that are left of the epoch in flight, up to a signal; yields what they return."""
-    n, steps = cfg.batch_size, len(images) // cfg.batch_size
-    for i in range(len(training.found), steps):
-        if stop.noted():
-            return
-        learning_rate, size = schedule(cfg, training.epoch * steps + i, cfg.epochs * steps)
-        batch = images[distributed.own_part(training.order[i * n : (i + 1) * n])]  # N×3×H×W
-        views = training.make_views(
-            batch.repeat(2, 1, 1, 1),  # 2N×3×H×W, each row with parameters of its own
-            distributed.own_part(draw(2 * n, training.rng), views=2),
-            size,
-            tuple(cfg.crop_scale),
-            cfg.flip_probability,
-            cfg.color_strength,
-            cfg.grayscale_probability,
-        )
-        set_learning_rate(training.optimizer, learning_rate)
-        learner = training.parallel, training.optimizer, training.scaler
-        yield distributed.average(train_step(*learner, views, cfg.temperature, training.dtype))
+def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
+    """Pretrain an encoder with the checked config `cfg`, or resume the run in `run_dir`.
 
-
-def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
-    """Learning rate, and size of the views in pixels: functions of the step alone."""
-    ends = cfg.learning_rate, cfg.min_learning_rate
-    warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
-    rate = cosine_learning_rate(step, total_steps, *ends, warmup_steps)
-    return rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1.0]])
-
-
-def train_epoch(
-    cfg: DictConfig, training: Training, images: Tensor, bar: tqdm, stop: StopSignals
-) -> dict[str, float | None]:
-    """One pass over the images in a new random order, or the rest of one that was interrupted.
-
-    Returns a line of metrics.jsonl. Raises NotFinite; or Stopped, after a signal.
-    """
-    epoch, steps = training.epoch + 1, len(images) // cfg.batch_size
-    if training.order is None:
-        training.order = torch.randperm(len(images), device=images.device, generator=training.rng)
-    start = time.perf_counter()
-    for values in read_late(train_steps(cfg, training, images, stop)):
-        if not is_finite(values, training.scaler.is_enabled()):
-            raise NotFinite(values)
-        training.found.append(values)
-        if bar.update():  # true about once a second, when the bar is drawn
-            accuracy = values["contrastive_accuracy"]
-            progress = f"epoch {epoch}, loss {values['loss']:.3f}, contrastive {accuracy:.1%}"
-            bar.set_postfix_str(progress, refresh=False)
-    training.seconds += time.perf_counter() - start
-    stop.check()
-    learning_rate, size = schedule(cfg, epoch * steps - 1, cfg.epochs * steps)
-    return {
-        "epoch": epoch,
-        "step": epoch * steps,
-        **epoch_means(training.found),
-        "knn_acc": None,
-        "learning_rate": learning_rate,  # of the epoch's last step
-        "view_size": size,  # the same
-        "views_per_second": 2 * cfg.batch_size * steps / training.seconds,
-        "seconds": training.seconds,
-    }
-
-
-def pretrain(cfg: DictConfig, out_dir: Path) -> dict[str, float | None]:
-    """Train an encoder with the checked config `cfg`, or go on where `out_dir` has its state.
-
-    Returns the metrics of the last epoch. Raises ConfigError if the batch is larger than the
-    training set, compile=true is not possible, or the state is one of another config; UserError
-    if the data or the state cannot be used, another process trains in `out_dir`, the loss is not
-    finite, or the last state is not on disk in the end; Stopped after a signal, the state saved if
-    that was possible.
+    Returns the metrics of the last epoch. Raises ConfigError if a value does not fit the data, the
+    machine or the saved state; UserError if data or state cannot be used, another process trains
+    in `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
     """
     device = select_device(cfg.device)
     precision = precision_name(select_precision(cfg.precision, device))
     config = {**OmegaConf.to_container(cfg), "precision": precision}
-    with distributed.joined(device), locked(out_dir, "simclr", needed=distributed.rank() == 0):
-        distributed.check_parts(cfg.batch_size, cfg.micro_batch_size)
-        recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
-        obstacle = compile_obstacle(device, recompute, distributed.world())
-        if cfg.compile is True and obstacle is not None:
-            raise ConfigError(f"compile=true: must be false or auto {obstacle}")
-        resume = cfg.resume or distributed.restarted()
-        found = load_state(out_dir) if resume else None
-        done = found and (found.content["epoch"], len(found.content["found"]))
-        distributed.check_same(done or (-1, 0), f"the state in {out_dir}")
-        if found is not None:
-            check_unchanged(found.content["config"], config, found.path)
-            if found.content["epoch"] == cfg.epochs:
-                return complete(out_dir, found, writes=distributed.rank() == 0)
-        where = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
-        with distributed.one_first():
-            images, fingerprint, knn = load_pretraining(*where, knn=cfg.knn_interval > 0)
+    with (
+        distributed.process_group(device),
+        locked(run_dir, "simclr", needed=distributed.rank() == 0),
+    ):
+        sharding = cfg.batch_size, cfg.micro_batch_size, cfg.sync_batchnorm
+        distributed.check_shards(*sharding, device)
+        resume = cfg.resume or distributed.is_elastic_restart()
+        saved = find_state(run_dir, config, MAY_CHANGE) if resume else None
+        if saved is not None and saved.content["epoch"] == cfg.epochs:
+            return report_complete(run_dir, saved)
+        source = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
+        with distributed.local_rank_zero_first():
+            images, fingerprint, knn = load_pretraining(*source, knn=cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
-        steps = cfg.epochs * (len(images) // cfg.batch_size)
-        training = start_training(cfg, device, steps, obstacle)
-        saves = cfg.log_interval, cfg.save_minutes
-        record = Record(out_dir, config, fingerprint, *saves, writes=distributed.rank() == 0)
-        with closing(record), StopSignals(distributed.largest) as stop:
-            record.begin(training, found, start_over=not resume)
-            del found  # a second copy of the weights
+        steps = len(images) // cfg.batch_size
+        training = start_training(cfg, device, cfg.epochs * steps)
+        record = RunRecord(run_dir, config, fingerprint, steps)
+        with record.recording(training, saved, start_over=not resume):
+            del saved  # a second copy of the weights
             log.info(
                 f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
-                f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {out_dir}"
+                f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"
             )
-            train(cfg, training, images, knn, record, stop)
-            record.check()
-    say_end(training.history[-1], out_dir / checkpoint_name(cfg.backbone, cfg.epochs))
-    return training.history[-1]
-
-
-def train(
-    cfg: DictConfig,
-    training: Training,
-    images: Tensor,
-    knn: tuple[Split, Tensor, Tensor] | None,
-    record: Record,
-    stop: StopSignals,
-) -> None:
-    """The epochs that are left, each recorded. Raises as `pretrain`."""
-    steps = len(images) // cfg.batch_size
-    done = training.epoch * steps + len(training.found)
-    part = cfg.micro_batch_size or cfg.batch_size // distributed.world()  # images held at a time
-    try:
-        with tqdm(total=cfg.epochs * steps, initial=done, unit="step", mininterval=1) as bar:
-            while training.epoch < cfg.epochs:
-                line = train_epoch(cfg, training, images, bar, stop)
-                last = line["epoch"] == cfg.epochs
-                if knn is not None and (line["epoch"] % cfg.knn_interval == 0 or last):
-                    shape = cfg.image_size, 2 * part, training.dtype
-                    line["knn_acc"] = held_out_knn(training.model.enc, *knn, *shape, stop.check)
-                    bar.set_description(f"kNN {line['knn_acc']:.1%}")
-                training.end_epoch(line)
-                record.end_epoch(training)
-        return
-    except Stopped as stopped:
-        raise record.stopped(training, stopped.number, steps) from None
-    except NotFinite as error:
-        step = training.epoch * steps + len(training.found)
-        rate, _ = schedule(cfg, step, cfg.epochs * steps)
-        raise record.failed(training, error.values, step, rate) from None
-    except torch.OutOfMemoryError:
-        if not torch.cuda.is_available():
-            raise  # its traceback, which holds the tensors of the step, else ends here
-
-    def step_of(n: int) -> None:
-        size = max(pixels for pixels, _ in cfg.view_sizes or [[cfg.image_size, 1.0]])
-        views = torch.rand(2 * n, 3, size, size, device=images.device)
-        scaler = torch.amp.GradScaler(images.device.type, enabled=training.scaler.is_enabled())
-        training.model.micro_batch_size = None
-        train_step(training.model, training.optimizer, scaler, views, 0.5, training.dtype)
-
-    step = step_of if distributed.world() == 1 else None  # of several this one may be here alone
-    raise out_of_memory(step, images.device, part, cfg.activation_checkpointing)
+            train(cfg, training, images, knn, record)
+    return log_summary(run_dir, cfg.backbone, training.history)
 
 
 register_config()
@@ -277,13 +184,12 @@ register_config()
 
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> float | None:
-    """Check the config, then pretrain in Hydra's run folder.
+    """Check the config, then pretrain in Hydra's run directory.
 
     Returns what Hydra's sweepers optimise: the kNN accuracy of held-out training images.
     """
     with one_line_errors():
-        cfg = check_config(cfg, peak="learning_rate")
-        return pretrain(cfg, run_folder())["knn_acc"]
+        return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
 
 
 if __name__ == "__main__":

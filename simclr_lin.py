@@ -1,18 +1,16 @@
-"""What a SimCLR encoder has learned: linear evaluation (Sec. 2.3, App. B.6), kNN, and more.
+"""Evaluation of a SimCLR encoder: linear (Sec. 2.3, App. B.6), kNN, and more.
 
-    python simclr_lin.py backbone=resnet18                    # newest checkpoint in the run folder
-    python simclr_lin.py checkpoint=path/to/file.pt           # any file
+    python simclr_lin.py backbone=resnet18                    # newest checkpoint of the run
+    python simclr_lin.py checkpoint=path/to/file.pt           # any checkpoint
     python simclr_lin.py "protocols=[knn,linear,logistic]" "baselines=[random,pixels]"
     python simclr_lin.py labels=0.01 runs=5                   # few labels, five draws of them
     python simclr_lin.py predict=path/to/images               # predictions.csv instead
 
-The encoder is in eval mode, without gradients, and checked to be unchanged; finetune trains a copy.
-What has to be chosen is chosen on training images; the test set is scored once. The table goes to
+The encoder runs in eval mode without gradients, and is checked to be unchanged; finetune trains a
+copy. Hyperparameters are chosen on training images; the test set is scored once. The table goes to
 the terminal, to simclr_lin.log, results.json and results.md.
 """
 
-import csv
-import io
 import logging
 import os
 from collections import defaultdict
@@ -21,37 +19,34 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
-from checkpoint import ARCHITECTURE, build_model, find_checkpoint, load_checkpoint, sha256
-from config import check_config, register_config, run_folder
-from data import Split, draw_stratified, load_split
-from device import select_device, select_precision
-from distributed import launched
-from errors import ConfigError, UserError, one_line_errors
-from files import locked, write_file
-from folder import load_images
-from protocols import Task, run_protocols
-from results import per_class, score, summarise, table, write_results
+from config import check_config, register_config, run_directory
+from evaluation import results as report
+from evaluation.classifiers import EvaluationTask
+from evaluation.features import build_encoder
+from evaluation.protocols import protocols_for, run_protocols
+from images.datasets import Split, draw_stratified, load_split
+from images.folder import load_images
+from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint, sha256
+from system.device import select_device, select_precision
+from system.errors import ConfigError, UserError, one_line_errors
+from system.files import locked
+from training.distributed import is_distributed
 
 log = logging.getLogger("simclr_lin")
-
-ROWS = {"knn": ["knn", "weighted_knn"]}  # one protocol, two rows; the others are one
-ON_PIXELS = ("knn", "weighted_knn", "linear")  # what a baseline without a network is judged by
 
 
 def evaluate(
     cfg: DictConfig, checkpoint: Path, out_dir: Path, given: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """All of cfg.protocols for the encoder in `checkpoint`, and for cfg.baselines.
+    """Evaluate a checkpoint, and cfg.baselines, with every protocol in the config.
 
-    `given` names the keys that the user typed: one that contradicts the checkpoint is refused.
-    Returns what it writes to `out_dir`/results.json; accuracies are shares in [0, 1]. Raises
-    UserError for a checkpoint or data that cannot be used, RuntimeError if an encoder that should
-    be frozen has changed.
+    given: the keys on the command line; one that contradicts the checkpoint is refused. Returns
+    what it writes to `out_dir`/results.json, with accuracies in [0, 1]. Raises UserError for a
+    checkpoint or data that cannot be used, RuntimeError if a frozen encoder has changed.
     """
     device = select_device(cfg.device)
     saved, size = open_checkpoint(cfg, checkpoint, given)
@@ -60,22 +55,19 @@ def evaluate(
         for split in ("train", "test")
     )
     name = f"{checkpoint}, epoch {saved['epoch']}, {saved['config']['backbone']} at {size} px"
-    outcomes: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for encoder in ("checkpoint", *cfg.baselines):
-        for seed in range(cfg.seed, cfg.seed + cfg.runs):
-            task = make_task(cfg, saved, checkpoint, encoder, train, test.images, seed)
-            if not outcomes:  # nothing can be refused any more
-                log.info(f"{name}, on {cfg.dataset}, {device}")
-            for protocol, found, seconds in run_protocols(rows_of(cfg, encoder, seed), task):
-                outcome = score(found, test.labels.cpu(), seconds)
-                outcomes[encoder, protocol].append(outcome)
-                log.info(f"{encoder}, seed {seed}, {protocol}: {outcome['accuracy']:.2%}")
-    rows = [summarise(*key, found) for key, found in outcomes.items()]
-    of_checkpoint = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
+    scored: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for encoder, seed in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
+        task = make_task(cfg, saved, checkpoint, encoder, train, test.images, cfg.seed + seed)
+        if not scored:  # nothing can be refused any more
+            log.info(f"{name}, on {cfg.dataset}, {device}")
+        names = protocols_for(encoder, cfg.protocols, seed > 0, cfg.labels is not None)
+        for protocol, result, seconds in run_protocols(names, task):
+            outcome = report.score(result, test.labels.cpu(), seconds)
+            scored[encoder, protocol].append(outcome)
+            log.info(f"{encoder}, seed {task.seed}, {protocol}: {outcome['accuracy']:.2%}")
+    rows = [report.summarise(*key, runs) for key, runs in scored.items()]
     results = {
-        "linear_acc": of_checkpoint.get("linear", {}).get("accuracy"),
-        "linear_top5": of_checkpoint.get("linear", {}).get("top5"),
-        "knn_acc": of_checkpoint.get("knn", {}).get("accuracy"),
+        **report.headline(rows),
         "checkpoint": str(checkpoint),
         "sha256": sha256(checkpoint),
         "epoch": saved["epoch"],
@@ -86,38 +78,37 @@ def evaluate(
         "test_images": len(test.images),
         "precision": str(task.dtype).removeprefix("torch."),
         "protocols": rows,
-        **per_class(outcomes["checkpoint", "linear"], test.classes),
+        **report.per_class(scored["checkpoint", "linear"], test.classes),
         "config": saved["config"],
         "evaluation_config": OmegaConf.to_container(cfg),
     }
-    write_results(out_dir, results)
-    log.info(f"{len(test.images):,} test images, accuracy in %\n{table(rows, settings=False)}")
+    report.write_results(out_dir, results)
+    log.info(
+        f"{len(test.images):,} test images, accuracy in %\n{report.table(rows, settings=False)}"
+    )
     return results
 
 
 def predict(
     cfg: DictConfig, checkpoint: Path, out_dir: Path, given: frozenset[str] = frozenset()
 ) -> Path:
-    """Classify the images in cfg.predict by the linear layer; writes `out_dir`/predictions.csv.
+    """Classify the images below cfg.predict; returns the path of predictions.csv in `out_dir`.
 
-    The layer is trained on the training images, as in `evaluate`; the test set is not read.
+    The linear layer is trained on the training images, as in `evaluate`; the test set is not read.
+    Raises as `evaluate`.
     """
     device = select_device(cfg.device)
     saved, size = open_checkpoint(cfg, checkpoint, given)
     folder = Path(os.path.expanduser(cfg.predict))
     if not folder.is_dir():
-        raise UserError(f"predict={cfg.predict}: there is no such folder")
+        raise UserError(f"predict={cfg.predict}: there is no directory {folder}")
     files, images = load_images(folder, size, cfg.workers)
     train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
     task = make_task(cfg, saved, checkpoint, "checkpoint", train, images.to(device), cfg.seed)
-    [(_, found, _)] = run_protocols(["linear"], task)
-    probability, label = found.scores.softmax(dim=1).max(dim=1)
-    path, text = out_dir / "predictions.csv", io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["file", "class", "probability"])
-    for name, best, p in zip(files, label.tolist(), probability.tolist(), strict=True):
-        writer.writerow([name, train.classes[best], f"{p:.4f}"])
-    write_file(path, text.getvalue().encode(errors="surrogateescape"))
+    [(_, result, _)] = run_protocols(["linear"], task)
+    probability, label = result.scores.softmax(dim=1).max(dim=1)
+    classes = [train.classes[best] for best in label.tolist()]
+    path = report.write_predictions(out_dir, files, classes, probability.tolist())
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
     return path
 
@@ -125,7 +116,10 @@ def predict(
 def open_checkpoint(
     cfg: DictConfig, checkpoint: Path, given: frozenset[str]
 ) -> tuple[dict[str, Any], int]:
-    """The checkpoint and its image size; ConfigError if the user typed another architecture."""
+    """The checkpoint and its image size.
+
+    Raises ConfigError if the command line names another architecture; else as `load_checkpoint`.
+    """
     saved = load_checkpoint(checkpoint)
     for key in given & set(ARCHITECTURE):
         if cfg[key] != (trained := saved["config"][key]):
@@ -143,23 +137,27 @@ def make_task(
     train: Split,
     test_images: Tensor,
     seed: int,
-) -> Task:
-    """What the protocols are given: an encoder, the labelled images for this seed, the settings."""
+) -> EvaluationTask:
+    """The input of the protocols for one encoder and one seed."""
     if len(train.classes) < 2:
-        raise UserError(f"there is one class, {train.classes[0]}: to classify takes two or more")
+        raise UserError(f"there is one class, {train.classes[0]}: a classifier needs two or more")
     if cfg.labels is not None:
         index = draw_stratified(train.labels, cfg.labels, seed)
         train = Split(train.images[index], train.labels[index], train.classes)
     size = saved["config"]["image_size"]
     enc, feature_dim = build_encoder(saved, path, encoder, seed)
-    rates, decays = map(as_list, (cfg.finetune_learning_rate, cfg.finetune_weight_decay))
-    return Task(
+    candidates = [
+        {"learning_rate": rate, "weight_decay": decay}
+        for rate in as_list(cfg.finetune_learning_rate)
+        for decay in as_list(cfg.finetune_weight_decay)
+    ]
+    return EvaluationTask(
         enc.to(test_images.device),
         feature_dim,
         size,
         train,
         test_images,
-        [{"learning_rate": r, "weight_decay": d} for r, d in product(rates, decays)],
+        candidates,
         cfg.finetune_epochs,
         cfg.batch_size,
         cfg.min_learning_rate,
@@ -171,30 +169,9 @@ def make_task(
     )
 
 
-def build_encoder(
-    saved: dict[str, Any], path: Path, encoder: str, seed: int
-) -> tuple[nn.Module, int]:
-    """An encoder and its feature size: the checkpoint's, the same one untrained, or pixels."""
-    if encoder == "pixels":
-        return nn.Flatten(), 3 * saved["config"]["image_size"] ** 2
-    torch.manual_seed(seed)  # weights of an untrained one
-    model = build_model(saved, path, trained=encoder == "checkpoint")
-    return model.enc.to(memory_format=torch.channels_last), model.feature_dim
-
-
 def as_list(value: float | ListConfig) -> list[float]:
     """A value, or a list of values to choose from, as a list."""
     return list(value) if isinstance(value, ListConfig) else [value]
-
-
-def rows_of(cfg: DictConfig, encoder: str, seed: int) -> list[str]:
-    """The protocols for this encoder; what is not random is left out after the first seed."""
-    rows = [row for protocol in cfg.protocols for row in ROWS.get(protocol, [protocol])]
-    if encoder == "pixels":
-        rows = [row for row in rows if row in ON_PIXELS]
-    if seed > cfg.seed and encoder != "random" and cfg.labels is None:
-        rows = [row for row in rows if row not in ROWS["knn"]]
-    return rows
 
 
 register_config()
@@ -202,12 +179,11 @@ register_config()
 
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> None:
-    """Check the config, find the checkpoint in the run folder and evaluate it."""
+    """Check the config, find the checkpoint in Hydra's run directory and evaluate it."""
     with one_line_errors():
-        if launched():
-            raise ConfigError("simclr_lin.py is for one process: start it by python, not torchrun")
-        cfg = check_config(cfg, peak="finetune_learning_rate")
-        out_dir = run_folder()
+        if is_distributed():
+            raise ConfigError("simclr_lin.py runs in one process: start it with python")
+        cfg, out_dir = check_config(cfg, peak="finetune_learning_rate"), run_directory()
         overrides = HydraConfig.get().overrides.task
         given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
         if cfg.checkpoint is not None:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import alternate, finish, parser, report
 from plain import plain_loader, plain_transform
 
-from augment import draw, random_views
-from device import select_device
+from images.augment import draw, random_views
+from system.device import select_device
 
 CROP_SCALE, STRENGTH, GRAY = (0.08, 1.0), 0.5, 0.2
 BATCHES = 4  # of the plain pipeline, an epoch

@@ -7,6 +7,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -14,9 +15,12 @@ import torch
 import torchvision
 from hydra import compose, initialize
 from omegaconf import DictConfig
+from torch import Tensor
 
+import simclr
 from config import check_config, register_config
-from data import Split
+from images.datasets import Split
+from training.state import Training
 
 
 def synchronize() -> None:
@@ -78,6 +82,34 @@ def config(*overrides: str, peak: str = "learning_rate") -> DictConfig:
     register_config()
     with initialize(version_base="1.3", config_path=None):
         return check_config(compose("simclr_config", overrides=list(overrides)), peak)
+
+
+class EpochEnd(Exception):
+    """Ends simclr.train after an epoch."""
+
+
+class NoRecord:
+    """Stands in for training.record.RunRecord: writes nothing, and ends with the epoch."""
+
+    def __init__(self) -> None:
+        self.step_metrics: list[dict[str, Tensor]] = []
+
+    def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
+        """Keep the metrics, on the device."""
+        self.step_metrics.append(metrics)
+
+    def end_epoch(self, training: Training, *line: object) -> None:
+        """Complete the epoch and leave simclr.train."""
+        training.end_epoch({})
+        raise EpochEnd
+
+
+def train_epoch(cfg: DictConfig, training: Training, images: Tensor) -> list[dict[str, Tensor]]:
+    """The next epoch of simclr.train without files; returns the metrics of its steps."""
+    record = NoRecord()
+    with suppress(EpochEnd):
+        simclr.train(cfg, training, images, None, record)
+    return record.step_metrics
 
 
 def subset(split: Split, per_class: int) -> Split:

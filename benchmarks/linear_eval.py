@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import alternate, config, describe_machine, finish, parser, subset
 from plain import TwoViews
 
-from checkpoint import load_checkpoint
-from data import Split, load_split, resize
-from device import select_device, select_precision
-from evaluation import accuracy, clean_features, crop_features
+from evaluation.classifiers import EvaluationTask
+from evaluation.features import accuracy, build_encoder, clean_features, crop_features
+from evaluation.protocols import run_linear_on, run_protocols
+from images.datasets import Split, load_split, resize
 from models import SimCLR
-from protocols import Task, run_linear_on, run_protocols
-from simclr_lin import build_encoder
+from system.checkpoint import load_checkpoint
+from system.device import select_device, select_precision
 
 SIZE = 32
 
@@ -80,12 +80,12 @@ def plain_features(enc: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def task_of(
     args: argparse.Namespace, views: int, enc: nn.Module, train: Split, test: Split
-) -> Task:
+) -> EvaluationTask:
     """What simclr_lin.py would run with K views of each image."""
     cfg = config(f"batch_size={args.batch}", peak="finetune_learning_rate")
     rate = {"learning_rate": cfg.finetune_learning_rate, "weight_decay": 0.0}
     crop = tuple(cfg.crop_scale), cfg.flip_probability
-    return Task(
+    return EvaluationTask(
         enc, 512, SIZE, train, test.images, [rate], args.epochs, args.batch,
         cfg.min_learning_rate, cfg.momentum, views, crop,
         select_precision("auto", test.images.device), seed=0,

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import finish, parser
 
 from models import SimCLR, nt_xent
-from optim import make_optimizer, set_learning_rate
 from simclr import train_step
+from training.optim import make_optimizer, set_learning_rate
 
 GIB = 2**30
 

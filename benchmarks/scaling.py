@@ -1,12 +1,13 @@
-"""Training steps by several processes under torchrun: views per second, share of communication.
+"""Training steps on several ranks under torchrun: views per second, share of communication.
 
-    python benchmarks/scaling.py                          # 1 and 2 processes of one thread each
+    python benchmarks/scaling.py                          # 1 and 2 ranks of one thread each
     python benchmarks/scaling.py --processes 1 2 4 8 --batch 4096      # on a machine with 8 GPUs
 
-The same batch is shared by all processes, so that twice as many are at best twice as fast. In turn
-with each step the same step without communication is timed: collectives leave what they get, and
-gradients are not averaged. The difference is the share; it has the wait for the slower process in
-it. On CPUs each process has one thread: two of them are compared with one on half the machine.
+All ranks share the same batch, so twice as many are at best twice as fast. In turn with each step
+the same step without communication is timed: collectives return their input, gradients are not
+averaged. The difference is the share of communication, the wait for the slower rank included. On
+CPUs each rank has one thread, so one rank uses one core; batch norm takes the statistics of each
+rank's shard there, of the whole batch on GPUs.
 """
 
 import json
@@ -23,12 +24,11 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import alternate, config, describe_machine, finish, parser
+from harness import alternate, config, describe_machine, finish, parser, train_epoch
 
-import distributed
-from device import select_device
-from errors import StopSignals
-from simclr import start_training, train_steps
+from simclr import start_training
+from system.device import select_device
+from training import distributed
 
 
 def leave(parts: list[torch.Tensor], own: torch.Tensor) -> None:
@@ -39,22 +39,22 @@ def leave(parts: list[torch.Tensor], own: torch.Tensor) -> None:
 
 def time_steps(backbone: str, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of training steps with and without communication, in this process."""
-    cfg = config(f"backbone={backbone}", f"batch_size={batch}", "compile=false", "epochs=1000")
-    device = select_device(cfg.device)
+    device = select_device("auto")
+    sync = f"sync_batchnorm={str(device.type == 'cuda').lower()}"
+    cfg = config(f"backbone={backbone}", f"batch_size={batch}", sync, "compile=false")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    with distributed.joined(device):
+    with distributed.process_group(device):
         training = start_training(cfg, device, cfg.epochs)
         images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
-        training.order = torch.arange(batch, device=device)
 
         def step() -> None:
-            (found,) = train_steps(cfg, training, images, StopSignals(distributed.largest))
-            float(found["loss"])  # wait for it
+            (metrics,) = train_epoch(cfg, training, images)  # an epoch of one step
+            float(metrics["loss"])  # wait for it
 
         def alone() -> None:
-            ddp = training.parallel
-            gradients = ddp.no_sync() if distributed.world() > 1 else nullcontext()
+            ddp = training.ddp_model
+            gradients = ddp.no_sync() if distributed.world_size() > 1 else nullcontext()
             reduce = patch.object(dist, "all_reduce", lambda *args, **kwargs: None)
             with gradients, reduce, patch.object(dist, "all_gather", leave):
                 step()

@@ -21,7 +21,7 @@ IMPORTS = "import os, torch, torchvision, hydra; os._exit(0)"
 FIRST_STEP = f"""
 import os, runpy, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import device
+from system import device
 device.autocast = lambda *args: os._exit(0)  # the first thing that the first step does
 sys.argv = ["simclr.py", "dataset=digits", "compile=false"]
 runpy.run_path({str(REPOSITORY / "simclr.py")!r}, run_name="__main__")

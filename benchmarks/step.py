@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from harness import alternate, finish, parser, report, synchronize
 from plain import plain_loader, plain_step, plain_transform
 
-from augment import draw, random_views
-from device import select_device, select_precision
+from images.augment import draw, random_views
 from models import SimCLR, nt_xent
-from optim import make_optimizer, set_learning_rate
 from simclr import train_step
+from system.device import select_device, select_precision
+from training.optim import make_optimizer, set_learning_rate
 
 CROP_SCALE, STRENGTH, GRAY = (0.08, 1.0), 0.5, 0.2
 BATCHES = 16 if torch.cuda.is_available() else 2  # of the plain pipeline, an epoch

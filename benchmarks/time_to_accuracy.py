@@ -21,20 +21,18 @@ from statistics import mean, stdev
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from harness import config, finish, parser, subset
+from harness import config, finish, parser, subset, train_epoch
 from plain import plain_loader, plain_step, plain_transform
 
 import simclr
-from data import Split, load_split
-from device import select_device, select_precision
-from errors import StopSignals
-from evaluation import accuracy, clean_features, knn_scores
+from evaluation.features import accuracy, clean_features, knn_scores
+from images.datasets import Split, load_split
 from models import SimCLR
-from optim import cosine_learning_rate, set_learning_rate
+from system.device import select_device, select_precision
+from training.optim import cosine_learning_rate, set_learning_rate
 
 RECIPE = [  # for short runs: README, "Results"
     "batch_size=128", "learning_rate=0.03", "weight_decay=5e-4", "crop_scale=[0.2,1]",
@@ -74,8 +72,7 @@ def our_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
     training = simclr.start_training(cfg, device, cfg.epochs * (len(images) // cfg.batch_size))
     while training.epoch < cfg.epochs:
         training.model.train()
-        line = simclr.train_epoch(cfg, training, images, tqdm(disable=True), StopSignals())
-        training.end_epoch(line)
+        train_epoch(cfg, training, images)
         yield training.model
 
 

@@ -1,12 +1,20 @@
-"""What the tests share: a checked config with overrides, and folders of small images."""
+"""What the tests share: a checked config with overrides, small images, a trained toy run."""
 
 import ctypes
+import logging
+import os
+import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+# Before torch is imported: one thread for each worker of pytest-xdist, and for child processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize
 from omegaconf import DictConfig
 from PIL import Image
@@ -15,8 +23,11 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import simclr
 from config import check_config, register_config
 from models import BACKBONES
+
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -27,51 +38,53 @@ def obey_permissions() -> None:
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
+def make_config(*overrides: str, peak: str = "learning_rate") -> DictConfig:
+    """The checked config with these overrides, as a script would see it."""
+    register_config()
+    with initialize(version_base="1.3", config_path=None):
+        return check_config(compose("simclr_config", overrides=list(overrides)), peak)
+
+
+def make_images(root: Path, classes: int = 3, **splits: int) -> Path:
+    """Write root/<split>/class<label>/<n>.png, noise of 12×12 pixels, `n` of each class."""
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    return root
+
+
+def toy_config(data: Path, *overrides: str, peak: str = "learning_rate") -> DictConfig:
+    """A config for runs of a second on `data`, with images of 8×8 pixels."""
+    size = ["image_size=8", "batch_size=8", "epochs=2", "finetune_epochs=2", "device=cpu"]
+    return make_config("dataset=folder", f"data_dir={data}", *size, *overrides, peak=peak)
+
+
 @pytest.fixture
 def config() -> Callable[..., DictConfig]:
     """config("epochs=2", …): the checked config, as a script would see it."""
-
-    def make(*overrides: str, peak: str = "learning_rate") -> DictConfig:
-        register_config()
-        with initialize(version_base="1.3", config_path=None):
-            return check_config(compose("simclr_config", overrides=list(overrides)), peak)
-
-    return make
+    return make_config
 
 
 @pytest.fixture
 def write_images() -> Callable[..., Path]:
     """write_images(root, train=8, test=4): root/<split>/<class>/<n>.png, noise of 12×12 pixels."""
-
-    def write(root: Path, classes: int = 3, **splits: int) -> Path:
-        rng = np.random.default_rng(0)
-        for split, count in splits.items():
-            for label in range(classes):
-                folder = root / split / f"class{label}"
-                folder.mkdir(parents=True)
-                for n in range(count):
-                    pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{n}.png")
-        return root
-
-    return write
+    return make_images
 
 
 @pytest.fixture
-def toy(config, write_images, tmp_path) -> Callable[..., DictConfig]:
+def toy(tmp_path) -> Callable[..., DictConfig]:
     """A config for runs of a second: 24 training and 9 test images of 3 classes, 8×8 pixels."""
-    data = write_images(tmp_path / "images", train=8, test=3)
-
-    def make(*overrides: str, peak: str = "learning_rate") -> DictConfig:
-        size = ["image_size=8", "batch_size=8", "epochs=2", "finetune_epochs=2", "device=cpu"]
-        return config("dataset=folder", f"data_dir={data}", *size, *overrides, peak=peak)
-
-    return make
+    return partial(toy_config, make_images(tmp_path / "images", train=8, test=3))
 
 
-def thin_resnet(weights: None) -> ResNet:
+def thin_resnet(weights: None, **options: object) -> ResNet:
     """The first two of ResNet-18's four layers, a block each: 1 MB, for tests that save often."""
-    encoder = ResNet(BasicBlock, [1, 1, 1, 1])
+    encoder = ResNet(BasicBlock, [1, 1, 1, 1], **options)
     encoder.layer3 = encoder.layer4 = nn.Identity()
     encoder.fc = nn.Linear(128, 1)
     return encoder
@@ -81,3 +94,37 @@ def thin_resnet(weights: None) -> ResNet:
 def thin(monkeypatch) -> None:
     """backbone=resnet18 is thin_resnet."""
     monkeypatch.setitem(BACKBONES, "resnet18", thin_resnet)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The run directory of a complete toy run of thin_resnet, of two epochs. Only to be read."""
+    run = tmp_path_factory.mktemp("trained")
+    data = make_images(tmp_path_factory.mktemp("toy") / "images", train=8, test=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "resnet18", thin_resnet)
+        simclr.pretrain(toy_config(data), run)
+    return run
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """call(script, overrides): run it in this process, in tmp_path; returns exit code, stderr and,
+    in call.stdout, what it printed."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *overrides):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *overrides])
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        call.stdout, error = capfd.readouterr()
+        return code, error
+
+    yield call
+    root.handlers[:] = handlers  # Hydra puts its own there

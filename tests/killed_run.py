@@ -23,10 +23,10 @@ import torch
 from conftest import thin_resnet
 from hydra import compose, initialize
 
-import files
 import simclr
 from config import check_config, register_config
 from models import BACKBONES
+from system import files
 
 
 class Operations:

@@ -9,7 +9,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import functional as tvf
 from torchvision.transforms import v2
 
-import augment
+from images import augment
 
 SCALE = (0.08, 1.0)
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from compare import compare, main, read_run
-from errors import UserError
+from system.errors import UserError
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_what_a_sweep_leaves_beside_its_runs_is_no_run(runs, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "multirun.yaml")])
     with pytest.raises(SystemExit):
         main()
-    assert "no run among" in capsys.readouterr().err
+    assert "no run directory among" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_named(runs):
@@ -74,5 +74,5 @@ def test_a_damaged_file_is_named(runs):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is no run: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
         read_run(tmp_path)

@@ -2,16 +2,17 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from config import CONFIG_FILE, RULES
-from errors import ConfigError, one_line_errors
-from state import MAY_CHANGE
+from config import CONFIG_FILE, MAY_CHANGE, RULES
+from system.errors import ConfigError, one_line_errors
 
+PRODUCT = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[a-z]*/*.py")]
+PRODUCT = [path for path in PRODUCT if path.parent.name not in ("tests", "benchmarks")]
 KEYS = [key for key in OmegaConf.load(CONFIG_FILE) if key != "hydra"]
 
 
@@ -31,11 +32,10 @@ def test_defaults(config):
 
 
 def test_every_key_has_a_rule_a_reason_and_a_reader():
-    scripts = "simclr.py", "simclr_lin.py"
     read = {
         node.attr
-        for script in scripts
-        for node in ast.walk(ast.parse(CONFIG_FILE.with_name(script).read_text()))
+        for path in PRODUCT
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cfg"
     }
     assert set(KEYS) == set(RULES)
@@ -227,7 +227,9 @@ def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):
 
 def test_no_module_evaluates_text_or_unpickles():
     """Pitfall 24: no eval, exec or pickle.load; torch.load with weights_only=True."""
-    for path in Path(CONFIG_FILE.parent).glob("*.py"):
+    rooms = {path.parent.name for path in PRODUCT}
+    assert rooms >= {REPOSITORY.name, "images", "training", "evaluation", "system"}
+    for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 call = ast.unparse(node)

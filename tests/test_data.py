@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from data import draw_stratified, hold_out, load_split, resize
-from errors import UserError
+from images.datasets import draw_stratified, hold_out, load_split, resize
+from system.errors import UserError
 
 
 def test_digits_are_scikit_learns_in_a_fixed_stratified_split():

@@ -1,14 +1,18 @@
-"""Device, number format and compilation: what auto takes, and what is refused."""
-
-import importlib.util
-import shutil
-from pathlib import Path
+"""Device, precision and compilation: what auto takes, and what is refused."""
 
 import pytest
 import torch
+import torch._inductor.config
 
-from device import autocast, compile_obstacle, select_compile, select_device, select_precision
-from errors import ConfigError
+from system import device
+from system.device import (
+    autocast,
+    compile_obstacle,
+    select_compile,
+    select_device,
+    select_precision,
+)
+from system.errors import ConfigError
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -70,45 +74,77 @@ def test_autocast_computes_in_the_precision(dtype):
 
 
 @pytest.fixture
-def found(monkeypatch):
-    """found(False): no C++ compiler; until then all that compiling needs, whatever there is."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(Path, "exists", lambda path: True)
+def obstacle(monkeypatch):
+    """obstacle("without …"): what compile_obstacle finds from then on; returns what it is asked."""
+    asked = []
 
-    def make(compiler: bool):
-        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" * compiler)
+    def make(reason):
+        monkeypatch.setattr(device, "compile_obstacle", lambda *where: asked.append(where) or reason)
+        return asked
 
-    make(True)
     return make
 
 
-def test_auto_compiles_runs_that_earn_the_time_back(found):
+def test_auto_compiles_runs_that_earn_the_time_back(obstacle):
+    asked = obstacle(None)
     for where, enough in ((CPU, 200_000), (CUDA, 20_000_000)):
-        assert select_compile("auto", where, enough, None)
-        assert not select_compile("auto", where, enough - 1, None)
-        assert not select_compile("auto", where, enough, "without a compiler")
-    assert not select_compile("auto", MPS, 10**12, None)
-    assert select_compile(True, CPU, 1, None) and not select_compile(False, CPU, 10**12, None)
+        assert select_compile("auto", where, enough, True, 3) is True
+        assert asked.pop() == (where, True, 3)
+        assert select_compile("auto", where, enough - 1, False, 1) is False
+    assert select_compile("auto", MPS, 10**12, False, 1) is False
+    assert select_compile(False, CPU, 10**12, False, 1) is False
+    assert not asked  # trying it takes seconds
+    assert select_compile(True, CPU, 1, False, 1) is True and asked == [(CPU, False, 1)]
 
 
-def test_what_stands_against_compiling_is_named(found):
-    assert compile_obstacle(CPU, recompute=False) is None
-    assert compile_obstacle(CPU, recompute=True).startswith("with activation_checkpointing=true")
-    assert compile_obstacle(CPU, False, processes=2).startswith("in 2 processes")
-    found(False)
-    assert compile_obstacle(CPU, False).startswith("without the C++ compiler ")
+def test_where_compiling_is_not_possible_auto_warns_and_true_is_refused(obstacle, caplog):
+    obstacle("without a compiler")
+    assert select_compile("auto", CPU, 1, False, 1) is False and not caplog.records
+    assert select_compile("auto", CPU, 10**12, False, 1) is False
+    [record] = caplog.records
+    assert record.getMessage() == "warning: compile=auto does not compile without a compiler"
+    assert record.levelname == "WARNING"
+    with pytest.raises(ConfigError, match="compile=true: must be false or auto without a compiler"):
+        select_compile(True, CPU, 10**12, False, 1)
 
 
-def test_what_a_gpu_lacks_for_compiling_is_named(found, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))  # GTX 1080 Ti
-    assert "without a GPU of compute capability 7.0" in compile_obstacle(CUDA, False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert compile_obstacle(CUDA, False) == "without the package triton"
+def test_what_stands_against_compiling_is_named_without_trying_it(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: pytest.fail("tried"))
+    for world_size in (1, 2):
+        found = compile_obstacle(CPU, recompute=True, world_size=world_size)
+        assert found.startswith("with activation_checkpointing=true or micro_batch_size")
+    assert compile_obstacle(CPU, False, world_size=2).startswith("with 2 ranks")
 
 
-def test_a_compiler_with_a_wrapper_is_found(monkeypatch):
-    monkeypatch.setenv("CXX", "ccache g++")
-    monkeypatch.setattr(shutil, "which", lambda name: name if name == "ccache" else None)
-    assert compile_obstacle(CPU, False) is None
+def test_compiling_is_tried_on_the_device_and_whatever_fails_is_named(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda f: lambda x: tried.append(x.device) or f(x))
+    for where in (CPU, torch.device("meta")):
+        assert compile_obstacle(where, recompute=False, world_size=1) is None
+        assert tried.pop() == where
+    monkeypatch.setattr(torch, "compile", lambda f: lambda x: 1 / 0)  # when it runs
+    found = compile_obstacle(CPU, False, 1)
+    assert found == "on this machine (ZeroDivisionError: division by zero)"
+    monkeypatch.setattr(torch, "compile", lambda f: 1 / 0)  # when it is compiled
+    assert compile_obstacle(CPU, False, 1) == found
+
+    def fail(f):
+        raise RuntimeError("no\n  triton " + 500 * "x")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    found = compile_obstacle(CPU, False, 1)
+    assert found.startswith("on this machine (RuntimeError: no triton xx") and len(found) < 250
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine on which torch finds no C++ compiler."""
+    torch._dynamo.reset()  # what was compiled before is compiled again
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_machine_without_a_compiler_is_noticed(no_compiler):
+    found = compile_obstacle(CPU, False, 1)
+    assert found.startswith("on this machine (") and "compiler" in found and "\n" not in found

@@ -5,8 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from data import Split, load_split, resize
-from evaluation import (
+from evaluation.features import (
     accuracy,
     clean_features,
     crop_features,
@@ -16,6 +15,7 @@ from evaluation import (
     knn_scores,
     top_k_accuracy,
 )
+from images.datasets import Split, load_split, resize
 from models import SimCLR
 
 

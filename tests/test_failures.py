@@ -13,15 +13,13 @@ import torch
 from conftest import REPOSITORY, obey_permissions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_files import file_size_limit
-from tqdm import tqdm
 
-import device
-import record
 import simclr
-from checkpoint import load_checkpoint
-from data import load_split
-from errors import Stopped, StopSignals, UserError, one_line_errors
-from state import PARTS
+from images.datasets import load_split
+from system.checkpoint import load_checkpoint
+from system.errors import Stopped, StopSignals, UserError, one_line_errors
+from training import metrics, record
+from training.state import STATE_PARTS
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def at_step(monkeypatch):
 
 
 def last_state(folder):
-    return load_checkpoint(folder / "simclr_resnet18_last.pt", PARTS)
+    return load_checkpoint(folder / "simclr_resnet18_last.pt", STATE_PARTS)
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 9], ids=["first", "middle", "epoch's end", "last"])
@@ -114,18 +112,40 @@ def test_a_collapse_is_warned_about_once(cfg, tmp_path, at_step, monkeypatch, ca
     assert "embedding" not in caplog.text
 
 
-def test_values_of_a_step_are_read_after_the_next_was_started():
-    done = []
+def test_the_metrics_of_a_step_are_read_after_the_next_was_started(cfg, tmp_path, monkeypatch):
+    """So that a GPU never waits for the CPU; those of an epoch's last step at once."""
+    done, copy, step = [], record.start_copy, simclr.train_step
 
-    def steps():
-        for i in range(3):
-            done.append(f"start {i}")
-            yield {"loss": torch.tensor(float(i)), "norm": torch.tensor(0.5)}
+    def start_copy(metrics):
+        number = sum(name == "start" for name, _ in done)
+        read = copy(metrics)
+        return lambda: done.append(("read", number)) or read()
 
-    for values in device.read_late(steps()):
-        done.append(f"read {values['loss']:.0f}")
-        assert values["norm"] == 0.5
-    assert done == ["start 0", "start 1", "read 0", "start 2", "read 1", "read 2"]
+    def train_step(*args):
+        done.append(("start", sum(name == "start" for name, _ in done) + 1))
+        return step(*args)
+
+    monkeypatch.setattr(record, "start_copy", start_copy)
+    monkeypatch.setattr(simclr, "train_step", train_step)
+    simclr.pretrain(cfg("epochs=1"), tmp_path)
+    order = [("start", 1), ("start", 2), ("read", 1), ("start", 3), ("read", 2), ("read", 3)]
+    assert done == order
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_when_memory_is_too_small_one_line_names_the_three_ways_out(
+    cfg, tmp_path, monkeypatch, capsys, recompute
+):
+    def step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
+
+    monkeypatch.setattr(simclr, "train_step", step)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        simclr.pretrain(cfg(f"activation_checkpointing={recompute}"), tmp_path)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1 and line.startswith("error: out of memory (CUDA out of memory): ")
+    for way in ("batch_size", "micro_batch_size", "activation_checkpointing=true"):
+        assert way in line
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_and_saves_when_there_is_room(
@@ -158,14 +178,14 @@ def test_a_complete_run_whose_weights_cannot_be_written_again_is_an_error(cfg, t
 
 def test_a_run_whose_end_is_not_on_disk_is_an_error(cfg, tmp_path, monkeypatch):
     """With the state before it intact, so that the same command ends it when there is room."""
-    end_epoch = record.Record.end_epoch
+    end_epoch = record.RunRecord.end_epoch
 
-    def full(self, training):
-        with file_size_limit(50_000 if training.epoch == 3 else 2**40):
-            end_epoch(self, training)
+    def full(self, training, *line):
+        with file_size_limit(50_000 if training.epoch == 2 else 2**40):
+            end_epoch(self, training, *line)
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.Record, "end_epoch", full)
+        patch.setattr(record.RunRecord, "end_epoch", full)
         with pytest.raises(UserError) as error:
             simclr.pretrain(cfg(), tmp_path)
     for name in ("simclr_resnet18_epoch3.pt", "simclr_resnet18_last.pt"):
@@ -182,7 +202,7 @@ def test_no_room_for_the_first_state_ends_the_run_before_it_begins(cfg, tmp_path
 
 
 def test_tensorboard_on_a_full_disk_is_said_and_caught_up_with(cfg, tmp_path, monkeypatch, caplog):
-    writer, made = record.SummaryWriter, []
+    writer, made = metrics.SummaryWriter, []
 
     class Full(writer):
         def __init__(self, *args, **kwargs):
@@ -194,64 +214,11 @@ def test_tensorboard_on_a_full_disk_is_said_and_caught_up_with(cfg, tmp_path, mo
                 raise OSError(28, "No space left on device")
             super().flush()
 
-    monkeypatch.setattr(record, "SummaryWriter", Full)
+    monkeypatch.setattr(metrics, "SummaryWriter", Full)
     simclr.pretrain(cfg(), tmp_path)
     assert made == [1, 1] and caplog.text.count("TensorBoard's file") == 1
     found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert "No space left" in caplog.text and [event.step for event in found] == [1, 2, 3]
-
-
-class Memory:
-    """A GPU of `total` bytes, where a step with n images takes fixed + each · n."""
-
-    def __init__(self, monkeypatch, total, fixed, each):
-        self.total, self.fixed, self.each, self.peak, self.stances = total, fixed, each, 0, []
-        for name, value in {
-            "get_device_name": lambda _: "toy GPU",
-            "empty_cache": lambda: None,
-            "reset_peak_memory_stats": lambda _: setattr(self, "peak", 0),
-            "max_memory_allocated": lambda _: self.peak,
-            "mem_get_info": lambda _: (total - fixed, total),
-            "memory_reserved": lambda _: fixed,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-    def step(self, n):
-        self.peak = self.fixed + self.each * n
-        if self.peak > self.total:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-def test_the_largest_batch_is_estimated_from_two_small_steps(monkeypatch):
-    gpu = torch.device("cuda")
-    for total, fixed, each, too_large, expected in (
-        (10_000, 1_000, 10, 4096, 0),  # even an eighth of it is too much
-        (10_000, 1_000, 10, 2048, 800),  # 0.9 · 10,000 = 1,000 + 10 · 800
-        (10_000, 1_000, 10, 512, 511),  # never more than what has just failed
-        (10_000, 1_000, 0, 512, 0),  # the peaks do not tell
-    ):
-        step = Memory(monkeypatch, total, fixed, each).step
-        assert device.largest_batch(step, gpu, too_large) == expected
-
-
-@pytest.mark.parametrize("recompute", ["true", "false"])
-def test_out_of_memory_is_one_line_with_what_would_fit(cfg, tmp_path, monkeypatch, recompute):
-    memory = Memory(monkeypatch, 10_000, 1_000, 500)
-
-    def step(model, optimizer, scaler, views, *args):
-        assert views.shape[1:] == (3, 8, 8)
-        return memory.step(len(views) // 2)
-
-    monkeypatch.setattr(simclr, "train_step", step)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = cfg("batch_size=24", f"activation_checkpointing={recompute}")
-    with pytest.raises(UserError) as error:
-        simclr.pretrain(config, tmp_path)
-    assert "out of memory on toy GPU, 24 images at once: " in str(error.value)
-    way = "resume=false and a batch_size or micro_batch_size of 16, which would fit by estimate"
-    assert way in str(error.value)
-    named = "activation_checkpointing=true" in str(error.value)
-    assert named == (recompute == "false")
 
 
 def test_a_first_signal_is_noted_and_the_handlers_are_put_back():
@@ -280,7 +247,7 @@ def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):
     assert capsys.readouterr().err.endswith("xxx: File name too long\n")
     with pytest.raises(SystemExit), one_line_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
-    said = "error: out of memory (CUDA out of memory): lower batch_size, or take fewer or smaller"
+    said = "error: out of memory (CUDA out of memory): lower batch_size, or keep it"
     assert capsys.readouterr().err.startswith(said)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")):
         with pytest.raises(SystemExit), one_line_errors():
@@ -307,22 +274,13 @@ def test_nothing_is_made_of_a_run_that_is_ended_before_it_begins(cfg, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {".simclr.lock", "images"}
 
 
-def test_after_a_signal_no_step_is_begun(cfg):
-    training = simclr.start_training(cfg(), torch.device("cpu"), 3)
-    images = torch.zeros(24, 3, 8, 8, dtype=torch.uint8)
-    stop = StopSignals()
-    stop.received = signal.SIGTERM
-    with pytest.raises(Stopped):
-        simclr.train_epoch(cfg(), training, images, tqdm(disable=True), stop)
-    assert training.found == []
-
-
-def start(folder, *overrides, **options):
+def start(folder, *overrides, script="tests/thin_simclr.py", **options):
     """A run of its own at toy size, of many epochs of a tenth of a second."""
-    command = [sys.executable, str(REPOSITORY / "simclr.py"), "dataset=digits", "image_size=8",
+    command = [sys.executable, str(REPOSITORY / script), "dataset=digits", "image_size=8",
                "batch_size=32", "hidden_dim=8", "projection_dim=8", "epochs=2000", "device=cpu",
                "compile=false", "knn_interval=0", *overrides]  # fmt: skip
-    options = {"stderr": subprocess.PIPE, "text": True, **options}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    options = {"stderr": subprocess.PIPE, "text": True, "env": environment, **options}
     return subprocess.Popen(command, cwd=folder, **options)
 
 
@@ -352,7 +310,7 @@ def test_a_folder_that_is_unwritable_for_a_while_is_said_and_the_run_goes_on(tmp
         process.send_signal(signal.SIGTERM)
         error = process.communicate(timeout=60)[1]
     assert line in said.read_text() and process.returncode == 143, error
-    assert "which is saved" in error and last_state(run)["epoch"] >= done
+    assert "the state is saved" in error and last_state(run)["epoch"] >= done
     assert "Traceback" not in error
 
 
@@ -361,20 +319,24 @@ def test_a_signal_ends_the_process_with_128_and_its_number_in_one_line(tmp_path,
     run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
     process = start(tmp_path)
     wait_for(run / "metrics.jsonl", process)
-    second = subprocess.run(process.args, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    second = subprocess.run(
+        process.args, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
     assert second.returncode == 1 and second.stderr.startswith("error: logs/SimCLR/digits/resnet18")
-    assert f"is in use by another simclr.py (process {process.pid}" in second.stderr
+    assert "is in use by another simclr.py: wait until that ends, or choose" in second.stderr
     process.send_signal(number)
     said = process.communicate(timeout=60)[1].split("\n")
     assert process.returncode == 128 + number, said
     assert said[-2].startswith(f"stopped by {number.name} in epoch ") and said[-1] == ""
-    assert "which is saved: the same command goes on from there" in said[-2]
+    assert "the state is saved: the same command resumes the run" in said[-2]
     assert last_state(run)["epoch"] >= 1 and "Traceback" not in "".join(said)
 
 
 def test_a_second_signal_ends_the_process_at_once_and_the_state_is_whole(tmp_path):
     run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
-    process = start(tmp_path, "image_size=48", "batch_size=1437")  # a step of half a minute
+    large = "image_size=48", "batch_size=1437"  # a step of half a minute
+    process = start(tmp_path, *large, script="simclr.py")
     wait_for(run / "config.yaml", process)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)

@@ -1,5 +1,7 @@
-"""Writing a file whole or not at all, the lock of a folder, and what is moved aside."""
+"""Writing a file whole or not at all, the lock of a directory, and what is moved aside."""
 
+import errno
+import fcntl
 import os
 import resource
 import signal
@@ -10,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 from conftest import REPOSITORY
 
-from errors import UserError
-from files import locked, move_aside, write_file
+from system.errors import UserError
+from system.files import locked, move_aside, write_file
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def test_on_a_full_disk_the_old_file_stays_and_the_space_is_named(tmp_path):
     write_file(path, b"1", previous)
     with file_size_limit(1000), pytest.raises(UserError) as error:
         write_file(path, bytes(2_000_000), previous)
-    for part in (str(path), "File too large", "takes 2.0 MB", "are free there", "make room"):
+    for part in (str(path), "File too large", "takes 2.0 MB", "are free there", "free up space"):
         assert part in str(error.value)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"1"}
 
@@ -62,17 +64,65 @@ def test_on_a_full_disk_the_old_file_stays_and_the_space_is_named(tmp_path):
 def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"gone/a could not be written \(No such file"):
         write_file(tmp_path / "gone" / "a", b"1")
+
+
+def test_a_lock_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    (tmp_path / ".simclr.lock").mkdir()
+    for run_dir, reason in ((tmp_path / "file", "exists|Not a dir"), (tmp_path, "Is a directory")):
+        message = rf"{run_dir}/\.simclr\.lock cannot be written \(.*({reason}).*hydra\.run\.dir"
+        with pytest.raises(UserError, match=message), locked(run_dir, "simclr"):
+            pass
+
+
+def failing_flock(monkeypatch, number):
+    """Let the system call that filelock makes fail with this error number."""
+
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_there_is_one_warning_and_the_block_runs(
+    tmp_path, monkeypatch, caplog, number
+):
+    failing_flock(monkeypatch, number)
+    for repetition in (1, 2):  # a file that the first one leaves does not lock the second one out
+        with locked(tmp_path, "simclr"):
+            (tmp_path / f"ran{repetition}").write_text("")
+        assert (tmp_path / f"ran{repetition}").exists()
+        [record] = caplog.records
+        assert record.levelname == "WARNING" and record.getMessage() == (
+            f"warning: {tmp_path} is on a file system without locks: start one simclr.py"
+        )
+        caplog.clear()
+
+
+def test_a_lock_that_fails_for_another_reason_is_refused(tmp_path, monkeypatch, caplog):
+    failing_flock(monkeypatch, errno.EIO)
     with (
-        pytest.raises(UserError, match=r"\.simclr\.lock cannot be written"),
-        locked(tmp_path / "gone", "simclr"),
+        pytest.raises(UserError, match=r"\.simclr\.lock cannot be written \(Input/output error"),
+        locked(tmp_path, "simclr"),
     ):
+        pass
+    assert not caplog.records
+
+
+def test_an_error_within_the_block_is_not_taken_for_one_of_the_lock(tmp_path, caplog):
+    for error in (OSError(errno.ENOLCK, "no locks"), NotImplementedError("in the block")):
+        with pytest.raises(type(error), match=str(error.args[-1])), locked(tmp_path, "simclr"):
+            raise error
+    assert not caplog.records
+    with locked(tmp_path, "simclr"):  # and the lock was released
         pass
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from files import locked
+from system.files import locked
 with locked(Path(sys.argv[1]), "simclr"):
     print("held", flush=True)
     time.sleep(60)
@@ -85,12 +135,11 @@ def test_a_folder_is_one_process_s_until_that_ends_however_it_ends(tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         with (
-            pytest.raises(
-                UserError,
-                match=rf"in use by another simclr\.py \(process {holder.pid} on .*hydra\.run",
-            ),
+            pytest.raises(UserError, match=r"in use by another simclr\.py: .*hydra\.run\.dir"),
             locked(tmp_path, "simclr"),
         ):
+            pass
+        with locked(tmp_path, "simclr", needed=False):  # one rank locks for all
             pass
         with locked(tmp_path, "simclr_lin"):  # an evaluation beside a training is no conflict
             pass
@@ -98,10 +147,9 @@ def test_a_folder_is_one_process_s_until_that_ends_however_it_ends(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
-    with locked(tmp_path, "simclr"):
-        assert f"process {os.getpid()} on " in (tmp_path / ".simclr.lock").read_text()
-    with locked(tmp_path, "simclr"):
-        pass
+    for _ in range(2):
+        with locked(tmp_path, "simclr"):
+            pass
 
 
 def test_files_of_a_run_are_moved_and_no_others(tmp_path):

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from errors import UserError
-from metrics import alignment, collapsed, epoch_means, is_finite, read_metrics, spread, uniformity
+from system.errors import UserError
+from training.metrics import (
+    alignment,
+    collapsed,
+    epoch_means,
+    is_finite,
+    read_metrics,
+    spread,
+    uniformity,
+)
 
 
 def test_alignment_and_uniformity_are_wang_and_isolas():

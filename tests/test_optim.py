@@ -8,7 +8,7 @@ import timm.optim
 import torch
 
 from models import SimCLR
-from optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
+from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
 
 
 def test_cosine_goes_from_the_peak_to_the_floor():

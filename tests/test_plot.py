@@ -1,17 +1,18 @@
 """The pictures: that they show what they say, of a toy run and of made-up values."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from matplotlib import colors, pyplot
+from omegaconf import OmegaConf
 from PIL import Image
 
 import plot
-import simclr
 import simclr_lin
-from data import Split
+from images.datasets import Split
 
 
 @pytest.fixture
@@ -30,25 +31,15 @@ def draw(monkeypatch, capsys):
 
 
 @pytest.fixture
-def make_run(toy, tmp_path):
-    """make_run("name", "temperature=0.1", …): the folder of a toy run."""
-
-    def run(name, *overrides):
-        folder = tmp_path / name
-        folder.mkdir()
-        simclr.pretrain(toy(*overrides), folder)
-        return folder
-
-    return run
+def run(thin, trained, tmp_path):
+    """A copy of the run directory of a toy run of two epochs."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 NAMES = {"views", "curves", "embedding", "neighbours", "confusion"}
 
 
-def test_one_run_gives_every_picture_as_png_and_svg(draw, make_run, toy):
-    run = make_run("run")
-    said = draw(run)
-    assert "no linear evaluation" in said and not (run / "confusion.png").exists()
+def test_one_run_gives_every_picture_as_png_and_svg(draw, run, toy):
     cfg = toy(peak="finetune_learning_rate")
     simclr_lin.evaluate(cfg, run / "simclr_resnet18_epoch2.pt", run)
     said = draw(run)
@@ -58,8 +49,18 @@ def test_one_run_gives_every_picture_as_png_and_svg(draw, make_run, toy):
         assert "<svg" in (run / f"{name}.svg").read_text()
         assert f"{name}.png" in said
     assert not list(run.glob("*.tmp"))
+
+
+def test_what_is_missing_for_a_picture_is_said_and_the_others_are_drawn(run, capsys):
+    assert [name for name, _ in plot.pictures([run], [])] == [
+        "curves", "views", "embedding", "neighbours",
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "no linear evaluation" in said and "no checkpoint" not in said
     (run / "simclr_resnet18_epoch2.pt").unlink()
-    assert "no checkpoint" in draw(run)
+    assert [name for name, _ in plot.pictures([run], [])] == ["curves", "views"]
+    assert f"no checkpoint in {run} yet" in capsys.readouterr().out
+    pyplot.close("all")
 
 
 def test_views_need_no_run(draw, toy, tmp_path):
@@ -72,23 +73,24 @@ def test_views_need_no_run(draw, toy, tmp_path):
     }  # fmt: skip
 
 
-def test_mistakes_are_one_line(draw, tmp_path, make_run):
+def test_mistakes_are_one_line(draw, tmp_path, run):
     for arguments, code, message in (
-        ([tmp_path], 1, "is no run folder: it has no config.yaml"),
+        ([tmp_path], 1, "is not a run directory: it has no config.yaml"),
         (["batchsize=3"], 2, "batchsize"),
         (["temperature=-1"], 2, "temperature=-1: must be a number above 0"),
         (["dataset=folder", "data_dir=nowhere"], 1, "nowhere/train cannot be read"),
     ):
         found, line = draw(*arguments, "--out", tmp_path)
         assert (found, line.count("\n")) == (code, 1) and message in line, line
-    run = make_run("run")
-    assert "is no run folder" in draw(run / "simclr_resnet18_epoch2.pt")[1]
+    assert "is not a run directory" in draw(run / "simclr_resnet18_epoch2.pt")[1]
     (run / "metrics.jsonl").unlink()
     assert "has no epoch to show: metrics.jsonl" in draw(run)[1]
 
 
-def test_a_key_may_be_given_for_a_run_and_an_older_config_be_shorter(draw, make_run, toy, tmp_path):
-    run = make_run("run", "temperature=0.3")
+def test_a_key_may_be_given_for_a_run_and_an_older_config_be_shorter(toy, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    OmegaConf.save(toy("temperature=0.3"), run / "config.yaml")
     lines = (run / "config.yaml").read_text().splitlines()
     rest = [line for line in lines if not line.startswith(("knn_interval", "data_dir"))]
     (run / "config.yaml").write_text("\n".join([*rest, "gone: 3", "data_dir: nowhere"]))
@@ -124,13 +126,15 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
     pyplot.close("all")
 
 
-def test_several_runs_share_one_picture(draw, make_run, tmp_path):
-    runs = make_run("a", "temperature=0.1"), make_run("b", "temperature=0.9")
-    assert draw(*runs, "--out", tmp_path / "both").splitlines() == [
+def test_several_runs_share_one_picture(draw, run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.save({**config, "temperature": 0.9}, other / "config.yaml")
+    assert draw(run, other, "--out", tmp_path / "both").splitlines() == [
         str(tmp_path / "both" / "curves.png")
     ]
     svg = (tmp_path / "both" / "curves.svg").read_text()
-    assert "temperature 0.1" in svg and "temperature 0.9" in svg
+    assert "temperature 0.5" in svg and "temperature 0.9" in svg
 
 
 def shown(figure):

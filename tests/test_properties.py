@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from augment import draw, random_crop_flip, random_views, sample_boxes
 from config import CONFIG_FILE, RULES, check_values, register_config
-from errors import ConfigError
+from images.augment import draw, random_crop_flip, random_views, sample_boxes
 from models import nt_xent
+from system.errors import ConfigError
 
 settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("quick")

@@ -8,8 +8,8 @@ import torch
 from conftest import REPOSITORY
 
 import simclr
-from checkpoint import load_encoder
-from errors import UserError
+from system.checkpoint import load_encoder
+from system.errors import UserError
 
 PATH = "logs/SimCLR/cifar10/resnet18/simclr_resnet18_epoch1000.pt"
 

@@ -19,12 +19,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import record
 import simclr
-import state
-from checkpoint import load_checkpoint, load_encoder, to_bytes
-from config import OF_EVALUATION, RULES
-from errors import ConfigError, Stopped, UserError
+from config import KEYS, MAY_CHANGE
+from system.checkpoint import load_checkpoint, load_encoder, to_bytes
+from system.errors import ConfigError, Stopped, UserError
+from training import record, state
 
 TIMED = "views_per_second", "seconds"
 
@@ -67,7 +66,7 @@ def run(thin, toy, tmp_path, monkeypatch):
             with pytest.raises(Stopped) as stopped:
                 simclr.pretrain(cfg, folder)
             assert stopped.value.exit_code == 143
-            assert "the same command goes on from there" in str(stopped.value), stopped.value
+            assert "the same command resumes the run" in str(stopped.value), stopped.value
         return folder
 
     return pretrain
@@ -90,7 +89,7 @@ def plain(value):
 
 def outcome(folder, epochs=3):
     """All that two equal runs have in common."""
-    saved = load_checkpoint(folder / "simclr_resnet18_last.pt", state.PARTS)
+    saved = load_checkpoint(folder / "simclr_resnet18_last.pt", state.STATE_PARTS)
     parts = ("model", "optimizer", "scaler", "epoch", "order", "found", "images", "config")
     weights = load_checkpoint(folder / f"simclr_resnet18_epoch{epochs}.pt")
     return plain([lines(folder), {key: saved[key] for key in parts}, saved["random"]["views"],
@@ -127,7 +126,7 @@ def test_every_precision_is_resumed_with_its_scaler(run, precision):
     run("stopped", f"precision={precision}", stop=5)
     assert outcome(run("stopped", f"precision={precision}")) == outcome(whole)
     if precision == "fp16":
-        saved = load_checkpoint(whole / "simclr_resnet18_last.pt", state.PARTS)
+        saved = load_checkpoint(whole / "simclr_resnet18_last.pt", state.STATE_PARTS)
         assert saved["scaler"]["_growth_tracker"] == 9
 
 
@@ -221,16 +220,17 @@ def test_the_same_command_says_where_it_goes_on(run, caplog):
 
 
 def test_another_version_of_torch_is_said(run, caplog, monkeypatch):
+    now = state.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(state, "versions", lambda: {**record.versions(), "torch": "1.0"})
+        patch.setattr(state, "versions", lambda: {**now, "torch": "1.0"})
         run("run", stop=5)
     with caplog.at_level("INFO"):
         run("run")
-    assert "saved with torch 1.0: the same only up to rounding" in caplog.text
+    assert "saved with torch 1.0: identical only up to rounding" in caplog.text
 
 
 def test_a_state_says_what_wrote_it(run):
-    saved = load_checkpoint(run("run") / "simclr_resnet18_last.pt", state.PARTS)
+    saved = load_checkpoint(run("run") / "simclr_resnet18_last.pt", state.STATE_PARTS)
     assert saved["versions"]["torch"] == torch.__version__ and saved["format"] == 1
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True,
                           text=True)  # fmt: skip
@@ -240,13 +240,15 @@ def test_a_state_says_what_wrote_it(run):
         assert saved["commit"] is None
 
 
-def test_a_repository_around_this_one_is_not_taken_for_it(tmp_path, monkeypatch):
+def test_without_git_or_a_repository_of_its_own_there_is_no_commit(tmp_path, monkeypatch):
+    commit = state.commit.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert commit() is None
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    (tmp_path / "inside").mkdir()
-    monkeypatch.setattr(state, "__file__", str(tmp_path / "inside" / "state.py"))
-    assert state.commit() is None
-    monkeypatch.setenv("PATH", "")
-    assert state.commit() is None
+    (tmp_path / "inside" / "training").mkdir(parents=True)
+    monkeypatch.setattr(state, "__file__", str(tmp_path / "inside" / "training" / "state.py"))
+    assert commit() is None
 
 
 @pytest.mark.parametrize(
@@ -279,20 +281,21 @@ def test_what_may_change_may_change(run):
     found = run("stopped", *changes)
     assert lines(found) == lines(whole)
     assert OmegaConf.load(found / "config.yaml").workers == 2
-    saved = load_checkpoint(found / "simclr_resnet18_last.pt", state.PARTS)
-    assert saved["config"]["workers"] == 2 and set(state.MAY_CHANGE) < set(RULES)
+    saved = load_checkpoint(found / "simclr_resnet18_last.pt", state.STATE_PARTS)
+    assert saved["config"]["workers"] == 2 and set(MAY_CHANGE) < set(KEYS)
 
 
 def test_all_that_pretraining_does_not_read_may_change():
     tree = ast.parse((REPOSITORY / "simclr.py").read_text())
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    assert set(OF_EVALUATION) == {key for key in RULES if key not in read}
-    for key in RULES:
-        if key in state.MAY_CHANGE:
-            state.check_unchanged({key: 1}, {key: 2}, Path("state"))
+    unread = {key for key in KEYS if key not in read}
+    assert unread < set(MAY_CHANGE) and {"checkpoint", "finetune_epochs"} < unread
+    for key in KEYS:
+        if key in MAY_CHANGE:
+            state.check_unchanged({key: 1}, {key: 2}, Path("state"), MAY_CHANGE)
         else:
             with pytest.raises(ConfigError, match=f"{key}=2 .was 1."):
-                state.check_unchanged({key: 1}, {key: 2}, Path("state"))
+                state.check_unchanged({key: 1}, {key: 2}, Path("state"), MAY_CHANGE)
 
 
 def test_other_images_are_refused(run, write_images, tmp_path):
@@ -311,7 +314,7 @@ def test_starting_over_moves_the_old_files_aside_and_never_over_older_ones(run, 
     (folder / "notes.txt").write_text("mine")
     with caplog.at_level("INFO"):
         run("run", "resume=false", "temperature=0.2")
-    assert f"moved the files of the run that was here to {folder / 'old-1'}" in caplog.text
+    assert f"moved the files of the earlier run to {folder / 'old-1'}" in caplog.text
     run("run", "resume=false")
     temperatures = [
         load_checkpoint(folder / place / "simclr_resnet18_epoch3.pt")["config"]["temperature"]
@@ -385,10 +388,11 @@ def test_a_damaged_state_is_left_for_the_one_before_it(run, damage, caplog):
         path.write_bytes({"truncated": content[:-1000], "empty": b"", "tampered": tampered}[damage])
     with caplog.at_level("INFO"):
         run("run", "save_minutes=0", stop=5)
-    assert "goes on from" in caplog.text and "previous.pt" in caplog.text
+    assert "resumes from" in caplog.text and "previous.pt" in caplog.text
     reason = {
-        "tampered": "its checksum is wrong",
+        "tampered": "wrong CRC of ",
         "missing": "is missing",
+        "foreign": "was not written by simclr.py",
     }
     assert reason.get(damage, "damaged or no checkpoint") in caplog.text
     if damage == "missing":
@@ -398,7 +402,7 @@ def test_a_damaged_state_is_left_for_the_one_before_it(run, damage, caplog):
 
 def saved_bytes(path):
     """Of a weight, as they stand in the file."""
-    return load_checkpoint(path, state.PARTS)["model"]["projector.2.weight"].numpy().tobytes()
+    return load_checkpoint(path, state.STATE_PARTS)["model"]["projector.2.weight"].numpy().tobytes()
 
 
 def test_a_damaged_state_never_takes_the_place_of_a_good_one(run):
@@ -435,16 +439,9 @@ def test_a_state_from_the_future_is_refused_though_the_one_before_could_be_read(
         run("run", "save_minutes=0")
 
 
-def test_a_state_that_was_changed_and_saved_by_torch_is_refused(run):
-    path = run("run", "save_minutes=0", stop=5) / "simclr_resnet18_last.pt"
-    torch.save({**torch.load(path, weights_only=True), "epoch": 2}, path)
-    with pytest.raises(UserError, match="its checksum is wrong or missing"):
-        load_checkpoint(path, state.PARTS, state=True)
-
-
 def test_a_signal_to_a_run_that_starts_over_says_what_goes_on(run):
     folder = run("run")
-    with pytest.raises(AssertionError, match="the same command, without resume=false, goes on"):
+    with pytest.raises(AssertionError, match="the same command, without resume=false, resumes"):
         run("run", "resume=false", stop=5)
     assert lines(run("run"))[-1]["epoch"] == 3 and (folder / "old-1").is_dir()
 

@@ -10,18 +10,18 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
-import data
-import device
-import evaluation
 import models
 import simclr
-from checkpoint import load_checkpoint
-from device import precision_name, select_precision
-from errors import ConfigError, StopSignals, UserError
-from metrics import alignment, uniformity
+from evaluation import features
+from images import datasets
 from models import SimCLR, nt_xent
+from system import device
+from system.checkpoint import load_checkpoint
+from system.device import precision_name, select_precision
+from system.errors import ConfigError, UserError
+from training.metrics import alignment, uniformity
+from training.record import RunRecord
 
 
 @pytest.fixture
@@ -232,9 +232,9 @@ def test_the_config_reaches_the_optimizer(run, monkeypatch):
 
 def test_only_the_pretraining_split_is_read(run, monkeypatch):
     splits = []
-    load_split = data.load_split
+    load_split = datasets.load_split
     monkeypatch.setattr(
-        data, "load_split", lambda *args: splits.append(args[2:]) or load_split(*args)
+        datasets, "load_split", lambda *args: splits.append(args[2:]) or load_split(*args)
     )
     run("workers=3")
     assert splits == [("pretrain", 8, 3)]
@@ -252,20 +252,28 @@ def test_a_batch_larger_than_the_training_set_is_refused(toy, tmp_path):
     assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_compiling_what_can_not_be_compiled_is_refused_before_anything_is_read(toy, tmp_path):
-    cfg = toy("compile=true", "activation_checkpointing=true", "data_dir=nowhere")
+@pytest.mark.parametrize("recompute", ["activation_checkpointing=true", "micro_batch_size=4"])
+def test_compiling_what_can_not_be_compiled_is_refused_before_anything_is_read(toy, recompute):
     with pytest.raises(ConfigError, match="compile=true: must be false or auto with activation_ch"):
-        simclr.pretrain(cfg, tmp_path)
+        toy("compile=true", recompute, "data_dir=nowhere")
+    toy("compile=auto", recompute)
 
 
-def test_an_epoch_reads_nothing_back_before_its_end(toy):
-    """Logging costs no sync a step: the loss is added up on the device."""
-    cfg = toy("precision=fp32")
-    training = simclr.start_training(cfg, torch.device("cpu"), 6)
+def test_an_epoch_waits_for_no_value_of_a_step(toy, tmp_path, monkeypatch):
+    """Logging costs no sync a step: the metrics are copied without waiting, and read later."""
+    cfg = toy("precision=fp32", "epochs=1", "knn_interval=0")
+    training = simclr.start_training(cfg, torch.device("cpu"), 3)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
-    with NoSync():
-        line = simclr.train_epoch(cfg, training, images, tqdm(disable=True), StopSignals())
-    assert line["step"] == 3
+    record = RunRecord(tmp_path, OmegaConf.to_container(cfg), "images", 3)
+    steps = []
+    monkeypatch.setattr(
+        record,
+        "end_epoch",
+        lambda training, *line: steps.extend(training.step_metrics) or training.end_epoch({}),
+    )
+    with record.recording(training, None, start_over=False), NoSync():
+        simclr.train(cfg, training, images, None, record)
+    assert len(steps) == 3 and all(isinstance(s["loss"], float) for s in steps)
 
 
 def test_a_step_reports_its_gradient_norm_unscaled_and_the_geometry_of_z(toy):
@@ -287,13 +295,13 @@ def test_a_step_reports_its_gradient_norm_unscaled_and_the_geometry_of_z(toy):
 def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkeypatch):
     """Every knn_interval epochs and at the end: a tenth of the training images asks the others."""
     seen = []
-    knn = evaluation.knn_scores
+    knn = features.knn_scores
 
     def record(bank, labels, queries, classes):
         seen.append(((*bank.shape,), labels.bincount().tolist(), (*queries.shape,), classes))
         return knn(bank, labels, queries, classes)
 
-    monkeypatch.setattr(evaluation, "knn_scores", record)
+    monkeypatch.setattr(features, "knn_scores", record)
     with_knn, without = run("epochs=5", "knn_interval=2"), run("epochs=5", "knn_interval=0")
     assert seen == [((21, 128), [7, 7, 7], (3, 128), 3)] * 3  # h, not z
     lines = metrics(with_knn)
@@ -322,14 +330,14 @@ def test_one_image_a_class_can_be_pretrained_on_without_knn(toy, write_images, t
 def test_unlabelled_images_are_judged_by_the_labelled_training_images(run, monkeypatch):
     """STL-10: pretraining images without labels, of which kNN can say nothing."""
     splits, seen = [], []
-    load = data.load_split
+    load = datasets.load_split
 
     def unlabelled(dataset, data_dir, split, *args):
         splits.append(split)
         found = load(dataset, data_dir, split, *args)
         return found._replace(labels=found.labels * 0 - 1) if split == "pretrain" else found
 
-    monkeypatch.setattr(data, "load_split", unlabelled)
+    monkeypatch.setattr(datasets, "load_split", unlabelled)
     monkeypatch.setattr(
         simclr, "held_out_knn", lambda enc, split, *args: seen.append(split.labels.tolist()) or 0.5
     )
@@ -544,8 +552,10 @@ def test_micro_batches_and_recomputed_blocks_go_together(thin):
 
 def test_the_config_reaches_micro_batches_lars_and_warm_up(run, rates, monkeypatch):
     sizes, optimizers = [], []
-    split, make = models.in_parts, simclr.make_optimizer
-    monkeypatch.setattr(models, "in_parts", lambda *args: sizes.append(args[3]) or split(*args))
+    split, make = models.embed_in_micro_batches, simclr.make_optimizer
+    monkeypatch.setattr(
+        models, "embed_in_micro_batches", lambda *args: sizes.append(args[3]) or split(*args)
+    )
     monkeypatch.setattr(
         simclr, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[-1]
     )
@@ -553,8 +563,6 @@ def test_the_config_reaches_micro_batches_lars_and_warm_up(run, rates, monkeypat
     assert sizes == [4] * 9 and type(optimizers[0]).__name__ == "LARS"
     peak = optimizers[0].param_groups[0]["weight_decay"], metrics(folder)[0]["learning_rate"]
     assert peak == (1e-6, pytest.approx(0.3 * 8 / 256))  # the last step of the warm-up
-    with pytest.raises(ConfigError, match=r"compile=true: must be false or auto .*micro_batch"):
-        run("compile=true", "micro_batch_size=4")
 
 
 def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
@@ -563,7 +571,7 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
     monkeypatch.setattr(SimCLR, "compile", lambda self, **options: compiled.append(self))
     simclr.start_training(toy("compile=false"), torch.device("cpu"), 10**9)
     assert compiled == []
-    monkeypatch.setattr(device, "_missing_for_compile", lambda where: None)
+    monkeypatch.setattr(device, "compile_obstacle", lambda *where: None)
     for overrides, enough in (
         (["image_size=32"], 12_500),  # · 16 views a step: 200,000
         (["image_size=16"], 50_000),  # of a quarter of the work
@@ -578,6 +586,6 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
 
 
 def test_main_returns_the_knn_accuracy_for_hydra_s_sweepers(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(simclr, "run_folder", lambda: tmp_path)
+    monkeypatch.setattr(simclr, "run_directory", lambda: tmp_path)
     found = simclr.main.__wrapped__(toy("epochs=1"))
     assert found == metrics(tmp_path)[-1]["knn_acc"] and 0 <= found <= 1

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from statistics import mean, stdev
 
 import numpy as np
@@ -12,30 +13,29 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-import protocols
 import simclr
 import simclr_lin
-from checkpoint import load_checkpoint, sha256
 from config import PROTOCOLS
-from errors import ConfigError, UserError
+from evaluation import classifiers, protocols
 from models import SimCLR
+from system.checkpoint import load_checkpoint, sha256
+from system.errors import ConfigError, UserError
 
 PEAK = "finetune_learning_rate"
 FROZEN = "protocols=[knn,linear,linear_clean,logistic]"
 
 
 @pytest.fixture
-def checkpoint(toy, tmp_path):
-    """The checkpoint of a toy run of one epoch."""
-    run = tmp_path / "run"
-    run.mkdir()
-    simclr.pretrain(toy("epochs=1"), run)
-    return run / "simclr_resnet18_epoch1.pt"
+def checkpoint(thin, trained, tmp_path):
+    """A copy of the checkpoint of a toy run of two epochs, in a directory of its own."""
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "simclr_resnet18_epoch2.pt"
+    return shutil.copy(trained / file.name, file)
 
 
 @pytest.fixture
 def evaluate(toy, checkpoint):
-    """evaluate("seed=1", …): the results of the toy checkpoint, written to its folder."""
+    """evaluate("seed=1", …): the results of the toy checkpoint, written to its directory."""
 
     def run(*overrides):
         return simclr_lin.evaluate(toy(*overrides, peak=PEAK), checkpoint, checkpoint.parent)
@@ -47,7 +47,7 @@ def evaluate(toy, checkpoint):
 def spy(monkeypatch):
     """The encoders, what they were called with, and the trained models of an evaluation."""
     seen = {"encoders": [], "calls": [], "trained": []}
-    build, train = simclr_lin.build_encoder, protocols.train_classifier
+    build, train = simclr_lin.build_encoder, classifiers.train_classifier
 
     def record_call(enc, inputs, output):
         n, *_, side = inputs[0].shape
@@ -64,7 +64,7 @@ def spy(monkeypatch):
         seen["trained"].append((model, index.tolist(), candidate))
 
     monkeypatch.setattr(simclr_lin, "build_encoder", build_and_record)
-    monkeypatch.setattr(protocols, "train_classifier", train_and_record)
+    monkeypatch.setattr(classifiers, "train_classifier", train_and_record)
     return seen
 
 
@@ -76,7 +76,7 @@ def rows(results):
 def test_results_are_written_with_their_source(evaluate, checkpoint):
     results = evaluate("protocols=[knn,linear]")
     assert json.loads((checkpoint.parent / "results.json").read_text()) == results
-    assert results["epoch"] == 1 and results["checkpoint"] == str(checkpoint)
+    assert results["epoch"] == 2 and results["checkpoint"] == str(checkpoint)
     assert results["sha256"] == sha256(checkpoint)
     assert results["config"] == load_checkpoint(checkpoint)["config"]
     assert results["evaluation_config"]["seed"] == 42
@@ -123,12 +123,10 @@ def test_the_table_is_written_to_be_pasted(evaluate, checkpoint):
 def test_per_class_accuracy_and_confusion_matrix_are_the_headlines(evaluate, monkeypatch):
     """Predictions that are all class 1, and then all but the first."""
     monkeypatch.setattr(
-        simclr_lin, "run_protocols", lambda names, task: [(
-            "linear",
-            protocols.Found(torch.eye(3)[[0] + [1] * 8], {}),
-            1.0,
-        )],
-    )  # fmt: skip
+        simclr_lin,
+        "run_protocols",
+        lambda *args: [("linear", protocols.ProtocolResult(torch.eye(3)[[0] + [1] * 8], {}), 1.0)],
+    )
     results = evaluate("protocols=[linear]", "runs=2")
     assert results["classes"] == ["class0", "class1", "class2"]
     assert results["confusion"] == [[2, 4, 0], [0, 6, 0], [0, 6, 0]]  # two runs, nine images
@@ -276,8 +274,8 @@ def test_linear_trains_on_crops_and_linear_clean_on_the_images_as_they_are(evalu
     monkeypatch.setattr(protocols, "fit_linear", record)
     evaluate("protocols=[linear,linear_clean]")
     (crops, h), (clean, _) = seen
-    assert clean.shape == (1, 24, 512) and torch.equal(clean[0], h)
-    assert crops.shape == (2, 24, 512) and not any(torch.equal(view, h) for view in crops)
+    assert clean.shape == (1, 24, 128) and torch.equal(clean[0], h)
+    assert crops.shape == (2, 24, 128) and not any(torch.equal(view, h) for view in crops)
 
 
 def test_the_config_reaches_the_crops(evaluate, monkeypatch):
@@ -294,7 +292,7 @@ def test_fewer_labels_than_a_batch_still_train(evaluate, spy):
     evaluate("batch_size=512", "protocols=[linear]", "labels=1", "finetune_epochs=40")
     head, index, _ = spy["trained"][0]
     torch.manual_seed(42)
-    initial = torch.nn.Linear(512, 3)
+    initial = torch.nn.Linear(128, 3)
     assert index == [0, 1, 2] and not torch.equal(head.weight, initial.weight)
 
 
@@ -357,7 +355,7 @@ def test_candidates_are_scored_on_the_validation_part_alone(evaluate, monkeypatc
     labels = torch.arange(30) % 3
     train = simclr_lin.Split(None, labels, ["a", "b", "c"])
     inputs, test = labels[:, None] + 3 * torch.arange(30)[:, None], torch.tensor([[1], [2]])
-    task = protocols.Task(*[None] * 3, train, *[None] * 9, seed=5, h=inputs, test_h=test)
+    task = protocols.EvaluationTask(*[None] * 3, train, *[None] * 9, seed=5, h=inputs, test_h=test)
     found = protocols.select_and_fit(task, [{"c": 1}, {"c": 0}], fit)
     part = inputs[protocols.hold_out(labels, 0.1, 5, "")[1]].flatten().tolist()
     assert scored == [(1, 27, part), (0, 27, part), (0, 30, [1, 2])]
@@ -486,13 +484,13 @@ def test_fine_tuning_trains_all_of_a_copy(evaluate, spy, checkpoint):
 
 def test_fine_tuning_sees_new_crops_in_every_epoch(evaluate, monkeypatch):
     drawn = []
-    crop = protocols.random_crop_flip
+    crop = classifiers.random_crop_flip
 
     def record(images, u, *args):
         drawn.append((tuple(u.flatten().tolist()), args))
         return crop(images, u, *args)
 
-    monkeypatch.setattr(protocols, "random_crop_flip", record)
+    monkeypatch.setattr(classifiers, "random_crop_flip", record)
     evaluate("protocols=[finetune]", "crop_scale=[0.2,0.9]", "flip_probability=0.3")
     assert len(drawn) == 6 == len({u for u, _ in drawn})
     assert {args for _, args in drawn} == {(8, (0.2, 0.9), 0.3)}
@@ -530,7 +528,7 @@ def test_architecture_and_size_come_from_the_checkpoint(toy, spy, tmp_path):
 def test_weights_that_do_not_fit_the_config_are_refused(evaluate, checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     for change, message in (
-        ({"backbone": "resnet34"}, "do not fit its config.*layer1.2"),
+        ({"backbone": "resnet34"}, "do not fit its config.*layer1.1"),
         ({"backbone": "eval('1')"}, "unknown backbone"),
         ({"hidden_dim": None}, "config lacks hidden_dim"),
     ):
@@ -567,7 +565,7 @@ def test_a_frozen_protocol_that_moves_the_encoder_fails(evaluate, monkeypatch, p
 
 def test_one_class_is_refused(toy, write_images, checkpoint, tmp_path):
     data = write_images(tmp_path / "one", classes=1, train=2, test=1)
-    with pytest.raises(UserError, match="one class, class0: to classify takes two"):
+    with pytest.raises(UserError, match="one class, class0: a classifier needs two or more"):
         simclr_lin.evaluate(toy(f"data_dir={data}", peak=PEAK), checkpoint, tmp_path)
 
 
@@ -588,6 +586,6 @@ def test_predictions_are_those_of_the_linear_layer(toy, checkpoint, plain_colors
         (str(folder / "sub/c.png"), "class0"), (str(folder / "ä b.png"), "class2"),
     ]  # fmt: skip
     assert all(0.5 < float(row["probability"]) <= 1 for row in found)
-    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+    with pytest.raises(UserError, match=r"nowhere: there is no directory .*nowhere"):
         cfg = toy(f"predict={tmp_path / 'nowhere'}", peak=PEAK)
         simclr_lin.predict(cfg, checkpoint, checkpoint.parent)

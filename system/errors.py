@@ -1,4 +1,4 @@
-"""How a process ends early: a user's mistake or a signal, in one line on stderr, no traceback."""
+"""Error types, signal handling and exit codes: one line on stderr instead of a traceback."""
 
 import logging
 import os
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-TWICE = 1.0  # seconds in which a signal is the same one again: of the terminal and of a launcher
+TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
 
 
 class UserError(Exception):
-    """Something the user can mend: data or a checkpoint that is missing, damaged or foreign."""
+    """An error that the user can fix, such as a missing dataset or a damaged checkpoint."""
 
     exit_code = 1
 
@@ -30,11 +30,11 @@ class ConfigError(UserError):
 
 
 class NotFinite(Exception):
-    """A training step whose loss or gradient is not finite, and what it returned."""
+    """A training step whose loss or gradient is not finite; carries its metrics and its rate."""
 
-    def __init__(self, values: dict[str, float]) -> None:
+    def __init__(self, step_metrics: dict[str, float], learning_rate: float) -> None:
         super().__init__("not finite")
-        self.values = values
+        self.step_metrics, self.learning_rate = step_metrics, learning_rate
 
 
 class Stopped(Exception):
@@ -47,11 +47,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Within the block a SIGTERM or SIGINT is noted, and one a second later ends the process.
+    """Context manager that notes SIGTERM and SIGINT; one a second later ends the process.
 
     A pre-emption by SLURM is a SIGTERM. A thread reads the signals: Python's own handlers wait for
-    the main thread, which a backward pass keeps for a whole step. Of several processes, to which
-    a launcher's signal comes at different moments, all obey the one that `agree` gives them.
+    the main thread, which a backward pass keeps for a whole step. A launcher's signal reaches the
+    ranks at different moments; `agree` (the maximum over the ranks) makes all stop at one step.
     """
 
     received: int | None = None
@@ -88,20 +88,22 @@ class StopSignals:
                     os._exit(128 + number[0])
 
     def noted(self) -> int:
-        """The signal that there was, or 0; all processes must ask equally often."""
+        """The signal received, or 0. Under torchrun a collective: every rank must call it."""
         return self.agree(self.received or 0)
 
     def check(self) -> None:
-        """Raise Stopped if there was a signal."""
+        """Raise Stopped if a signal was received."""
         if number := self.noted():
             raise Stopped(number)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn these into one line on stderr and an exit code; a bug keeps its traceback, but for an
-    OSError, which is the system's word."""
-    logging.raiseExceptions = False  # on a full disk the terminal has what the log has not
+    """Turn user, system and memory errors into one line on stderr and an exit code.
+
+    A bug keeps its traceback.
+    """
+    logging.raiseExceptions = False  # a log on a full disk: the terminal still has the message
     try:
         yield
     except UserError as error:
@@ -110,11 +112,15 @@ def one_line_errors() -> Iterator[None]:
         _end(str(stopped), stopped.exit_code)
     except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
         if "RANK" in os.environ and PEER_ENDED.search(str(error)):
-            _end(f"error: another process has ended ({str(error).splitlines()[0][:200]})", 1)
+            _end(f"error: another rank has ended ({str(error).splitlines()[0][:200]})", 1)
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         what = str(error).split(". ")[0]
-        _end(f"error: out of memory ({what}): lower batch_size, or take fewer or smaller images", 1)
+        _end(
+            f"error: out of memory ({what}): lower batch_size, or keep it in pretraining with "
+            "activation_checkpointing=true or a micro_batch_size that divides it",
+            1,
+        )
     except OSError as error:
         _end(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
@@ -123,5 +129,5 @@ def one_line_errors() -> Iterator[None]:
 
 def _end(line: str, exit_code: int) -> None:
     rank = os.environ.get("RANK", "0")  # of torchrun
-    print(line if rank == "0" else f"process {rank}: {line}", file=sys.stderr)
+    print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
     sys.exit(exit_code)

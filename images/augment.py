@@ -1,9 +1,8 @@
 """SimCLR's augmentations (App. A) as batched tensor operations.
 
-Every operation takes one set of parameters per image of the batch and has static shapes: a whole
-batch of views is made on the device at once, nothing waits for the CPU, and `torch.compile` takes
-all of it. They compute what torchvision's operations do, with parameters from the same
-distributions; the tests compare both.
+Every operation takes one set of parameters per image and has static shapes: a whole batch of views
+is made on the device at once without a host sync, and `torch.compile` can trace all of it. The
+operations and the distributions of their parameters are torchvision's; the tests compare both.
 """
 
 import math
@@ -13,14 +12,14 @@ from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
-CROP_TRIES = 10  # draws of a box before torchvision falls back to the whole image
+CROP_TRIES = 10  # draws of a box before torchvision falls back to a centre crop
 
-# The random numbers that one view takes, as rows of what `draw` returns.
+# Which rows of `draw` each operation uses.
 BOX, FLIP, JITTER, GRAY, HUE_PLACE = slice(0, 22), 22, slice(23, 31), 31, slice(32, 36)
 
 
 def draw(n: int, generator: torch.Generator) -> Tensor:
-    """All the randomness of n views: (36, n), uniform in [0, 1), on the generator's device."""
+    """Random numbers for n views: (36, n), uniform in [0, 1), on the generator's device."""
     return torch.rand((HUE_PLACE.stop, n), device=generator.device, generator=generator)
 
 
@@ -38,15 +37,15 @@ def random_views(
     images: (N, 3, H, W), uint8 or float in [0, 1]; u: from `draw`, N columns, on the same device.
     Returns (N, 3, size, size), float32 in [0, 1]. Each image has its own parameters.
 
-    The order of the colour operations is random too. The costly one is the shift of the hue,
-    which has four places among the others. Every four neighbours in the batch, which is shuffled,
-    take the four places in a random order: four groups of a fixed size, each shifted once.
+    The order of the colour operations is random too. The hue shift, the costly one, has four
+    possible places among the others. Every four neighbours in the (shuffled) batch take the four
+    places in a random order: four groups of a fixed size, each shifted once.
     """
     n = len(images)
     rows = u[HUE_PLACE, ::4].argsort(dim=0) + torch.arange(0, n, 4, device=images.device)  # 4×⌈N/4⌉
     views = torch.empty(rows.numel(), 3, size, size, device=images.device)
     for hue_place, group in enumerate(rows):
-        chosen = group.clamp(max=n - 1)  # beyond the last: a copy of it, cut off below
+        chosen = group.clamp(max=n - 1)  # padding: copies of the last, dropped below
         own = u[:, chosen]
         x = random_crop_flip(images[chosen], own, size, crop_scale, flip_probability)
         x = random_color_jitter(x, own[JITTER], hue_place, color_strength)
@@ -62,7 +61,7 @@ def random_crop_flip(
     crop_scale: tuple[float, float],
     flip_probability: float,
 ) -> Tensor:
-    """Random resized crop and horizontal flip: what linear evaluation trains on.
+    """Random resized crop and horizontal flip, as linear evaluation uses in training.
 
     Shapes and types as for `random_views`.
     """
@@ -75,10 +74,10 @@ def sample_boxes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Boxes (top, left, height, width), each (N,) int64, as RandomResizedCrop draws them.
 
-    shape: of the images, (N, 3, H, W); u: (22, N). The area is uniform in `crop_scale` as a share
-    of the image, the logarithm of the aspect ratio uniform between 3/4 and 4/3. A box that does
-    not fit is drawn again, up to ten times, all tries at once here to keep the shapes static;
-    then the largest box with an allowed ratio is taken from the centre.
+    shape: of the images, (N, 3, H, W); u: (22, N). The area is uniform in `crop_scale` as a
+    fraction of the image, the log of the aspect ratio uniform between those of 3/4 and 4/3. A box
+    that does not fit is drawn again up to ten times (all at once here, for static shapes); then
+    the largest centre box with an allowed ratio is taken.
     """
     height, width = shape[-2:]
     area, ratio = u[:CROP_TRIES], u[CROP_TRIES : 2 * CROP_TRIES]
@@ -138,9 +137,9 @@ def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
 
 
 def random_color_jitter(x: Tensor, u: Tensor, hue_place: int, strength: float) -> Tensor:
-    """With probability 0.8, `color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s (App. A).
+    """`color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s, with probability 0.8 (App. A).
 
-    u: (8, N). Where it is not to be, factors of 1 and a shift of 0 leave the image as it is.
+    u: (8, N). Elsewhere factors of 1 and a shift of 0 leave the image unchanged.
     """
     span = 0.8 * strength
     low, high = max(0.0, 1 - span), 1 + span
@@ -155,10 +154,10 @@ def color_jitter(
 ) -> Tensor:
     """Brightness, contrast and saturation in each image's own order, the hue at `hue_place`.
 
-    x: (N, 3, H, W) in [0, 1], which is written over. factors: (3, N) of brightness, contrast and
-    saturation; 1 leaves the image as it is. shift: (N,), of the hue, in turns, in [-0.5, 0.5].
-    order: (3, N), column n a permutation of BRIGHTNESS, CONTRAST, SATURATION. hue_place: 0, before
-    these three, to 3, after them.
+    x: (N, 3, H, W) in [0, 1], modified in place. factors: (3, N) of brightness, contrast and
+    saturation; 1 changes nothing. shift: (N,), of the hue, in turns, in [-0.5, 0.5]. order: (3, N),
+    column n a permutation of BRIGHTNESS, CONTRAST, SATURATION. hue_place: from 0, before these
+    three, to 3, after them.
     """
     factors = factors.gather(0, order)[..., None, None, None]  # 3×N×1×1×1, as they are applied
     order, shift = order[..., None, None, None], shift[:, None, None, None]
@@ -171,9 +170,10 @@ def color_jitter(
 
 
 def blend(x: Tensor, factor: Tensor, operation: Tensor) -> Tensor:
-    """factor · x + (1 - factor) · other: brightness, contrast or saturation, as each image's
-    `operation` (N, 1, 1, 1) says. The other image is black, the mean gray, or the gray image.
-    Written over x, since on a CPU new memory costs more than the arithmetic.
+    """Blend x with another image: factor · x + (1 - factor) · other.
+
+    operation (N, 1, 1, 1): per image BRIGHTNESS (other: black), CONTRAST (the mean gray) or
+    SATURATION (the gray image). In place, since on a CPU new memory costs more than arithmetic.
     """
     gray = grayscale(x)
     mean = gray.mean(dim=(2, 3), keepdim=True)
@@ -189,12 +189,11 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` (N, 1, 1, 1), in turns, through HSV and back.
+    """Shift the hue by `shift` (N, 1, 1, 1), in turns, through HSV and back.
 
-    In HSV the value is the largest channel and the chroma the largest less the smallest. The way
-    back is value - chroma · clamp(2 - |k|, 0, 1), where k is the hue's distance, in sixths of a
-    turn, from the one that has least of this channel: cyan, magenta and yellow, opposite to red,
-    green and blue.
+    In HSV, value is the largest channel and chroma the largest minus the smallest. Back in RGB a
+    channel is value - chroma · clamp(2 - |k|, 0, 1), where k is the distance in sixths of a turn
+    from the hue with the least of this channel: cyan, magenta and yellow for red, green and blue.
     """
     red, green, blue = x.split(1, dim=1)
     value, chroma = x.amax(dim=1, keepdim=True), x.amax(1, True) - x.amin(1, True)

@@ -1,5 +1,7 @@
-"""results.json and results.md: what an evaluation found, for programs and for people."""
+"""Scores and tables of an evaluation: results.json for programs, results.md for people."""
 
+import csv
+import io
 import json
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,32 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation import accuracy, top_k_accuracy
-from files import write_file
-from protocols import Found
+from evaluation.features import accuracy, top_k_accuracy
+from evaluation.protocols import ProtocolResult
+from system.files import write_file
 
 
-def score(found: Found, labels: Tensor, seconds: float) -> dict[str, Any]:
-    """One protocol on one encoder with one seed, scored by the labels (N,) of the test set.
+def score(result: ProtocolResult, labels: Tensor, seconds: float) -> dict[str, Any]:
+    """Score one protocol on one encoder with one seed by the labels (N,) of the test set.
 
-    Confusion: (C, C), a row of counts for each true class; top-5 accuracy from ten classes up, and
-    not for kNN, whose votes rank few of them.
+    Confusion: (C, C), a row of counts for each true class. Top-5 accuracy only from ten classes
+    up, and not for kNN, whose votes rank few of them.
     """
-    classes = found.scores.shape[1]
-    confusion = torch.bincount(labels * classes + found.scores.argmax(dim=1), minlength=classes**2)
-    ranked = classes >= 10 and "k" not in found.settings
+    classes = result.scores.shape[1]
+    confusion = torch.bincount(labels * classes + result.scores.argmax(dim=1), minlength=classes**2)
+    ranked = classes >= 10 and "k" not in result.settings
     return {
-        "accuracy": accuracy(found.scores, labels),
-        "top5": top_k_accuracy(found.scores, labels, 5) if ranked else None,
+        "accuracy": accuracy(result.scores, labels),
+        "top5": top_k_accuracy(result.scores, labels, 5) if ranked else None,
         "confusion": confusion.view(classes, classes),
         "seconds": seconds,
-        "settings": found.settings,
-        "selection": found.selection,
+        "settings": result.settings,
+        "selection": result.selection,
     }
 
 
 def summarise(encoder: str, protocol: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of results.json: mean and standard deviation (n - 1) over the runs."""
+    """A row of results.json: mean and standard deviation (n - 1) of the runs (from `score`)."""
     values = [run["accuracy"] for run in runs]
     return {
         "encoder": encoder,
@@ -50,20 +52,31 @@ def summarise(encoder: str, protocol: str, runs: list[dict[str, Any]]) -> dict[s
 
 
 def per_class(runs: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
-    """The confusion matrix, summed over the runs, and each class's share of right answers."""
+    """The confusion matrix, summed over the runs, and the accuracy of each class in [0, 1]."""
     if not runs:
         return {}
     confusion = sum(run["confusion"] for run in runs)
-    shares = (confusion.diagonal() / confusion.sum(dim=1)).tolist()
+    accuracies = (confusion.diagonal() / confusion.sum(dim=1)).tolist()
     return {
         "classes": classes,
-        "per_class_accuracy": dict(zip(classes, shares, strict=True)),
+        "per_class_accuracy": dict(zip(classes, accuracies, strict=True)),
         "confusion": confusion.tolist(),
     }
 
 
+def headline(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The checkpoint's linear and kNN accuracy in [0, 1], from `summarise`; None: not evaluated."""
+    found = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
+    linear, knn = found.get("linear", {}), found.get("knn", {})
+    return {
+        "linear_acc": linear.get("accuracy"),
+        "linear_top5": linear.get("top5"),
+        "knn_acc": knn.get("accuracy"),
+    }
+
+
 def table(rows: list[dict[str, Any]], settings: bool) -> str:
-    """The rows as a Markdown table, padded so that it reads on a terminal; accuracies in %."""
+    """The rows as a Markdown table, accuracies in %."""
     head = ["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run"]
     lines = [head + ["settings"] * settings]
     for row in rows:
@@ -81,7 +94,7 @@ def table(rows: list[dict[str, Any]], settings: bool) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """A table whose first line is its head, padded so that it reads on a terminal."""
+    """A Markdown table with its header first, padded so that it reads well on a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
@@ -105,7 +118,7 @@ def _words(settings: dict[str, float]) -> str:
 
 
 def write_results(out_dir: Path, results: dict[str, Any]) -> None:
-    """Write results.json and results.md, or with few labels results_labels<…>, each whole."""
+    """Write results.json and results.md, or results_labels<…> for few labels, atomically."""
     labels, cfg = results["labels"], results["evaluation_config"]
     text = (
         f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
@@ -119,3 +132,17 @@ def write_results(out_dir: Path, results: dict[str, Any]) -> None:
         (".md", text + table(results["protocols"], settings=True) + "\n"),
     ):
         write_file(out_dir / (name + suffix), content.encode())
+
+
+def write_predictions(
+    out_dir: Path, files: list[Path], classes: list[str], probabilities: list[float]
+) -> Path:
+    """Write predictions.csv: path, predicted class and its probability; returns its path."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["file", "class", "probability"])
+    for file, name, probability in zip(files, classes, probabilities, strict=True):
+        writer.writerow([file, name, f"{probability:.4f}"])
+    path = out_dir / "predictions.csv"
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
+    return path

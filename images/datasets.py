@@ -1,7 +1,7 @@
 """Datasets as one uint8 tensor: CIFAR-10, CIFAR-100, STL-10, digits, or a folder of images.
 
-The whole split is decoded once and then lives on the training device (CIFAR-10: 154 MB), so that
-no image passes through PIL or a loader process during training.
+A split is decoded once and kept on the training device (CIFAR-10: 154 MB), so that training needs
+neither PIL nor loader processes.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.utils import check_integrity
 
-from errors import ConfigError, UserError
-from folder import class_folders, load_images
+from images.folder import class_folders, load_images
+from system.errors import ConfigError, UserError
 
 DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
 UNFETCHED = (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError)  # by torchvision
@@ -45,9 +45,9 @@ def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers
     """The `split` of `dataset`: "pretrain", "train" or "test".
 
     "pretrain" is the unlabelled split of STL-10 and the same as "train" elsewhere; no split
-    shares an image with "test". Images keep their own size, but for `folder`, whose images are
-    brought to (image_size, image_size) here. Nothing is written, except the download to
-    `data_dir`. Raises UserError, naming file and remedy, where data is missing or damaged.
+    shares an image with "test". Images keep their own size, except that those of `folder` are
+    resized to (image_size, image_size) here. Nothing is written but the download to `data_dir`.
+    Raises UserError, with the file and the remedy, if data is missing or damaged.
     """
     if split not in ("pretrain", "train", "test"):
         raise ValueError(f"unknown split {split!r}: choose one of pretrain, train, test")
@@ -67,10 +67,10 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
-    """Sorted indices of a random part of each class: a share if amount < 1, else so many images.
+    """Sorted indices of a random sample of each class.
 
-    labels: (N,). A share is rounded and at least one image. Raises UserError where a class has
-    not so many.
+    labels: (N,). amount: a fraction of the class if below 1, rounded and at least one image; else
+    the number of images. Raises UserError if a class has fewer.
     """
     rng = torch.Generator().manual_seed(seed)
     parts = []
@@ -86,13 +86,13 @@ def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
     return torch.cat(parts).sort().values.to(labels.device)
 
 
-def hold_out(labels: Tensor, share: float, seed: int, remedy: str) -> tuple[Tensor, Tensor]:
-    """Indices of all images but a random, stratified part, and of that part.
+def hold_out(labels: Tensor, fraction: float, seed: int, remedy: str) -> tuple[Tensor, Tensor]:
+    """Hold out a random stratified fraction: indices of the other images, and of the held-out.
 
-    A class of one image stays out of the part. Raises UserError, which names the remedy, if
-    nothing is left for it.
+    The only image of a class is not held out. Raises UserError, which names the remedy, if nothing
+    can be held out.
     """
-    part = draw_stratified(labels, share, seed)
+    part = draw_stratified(labels, fraction, seed)
     part = part[labels.bincount()[labels[part]] > 1]
     if len(part) == 0:
         raise UserError(f"no class has two images, so that none can be held out: {remedy}")
@@ -104,11 +104,11 @@ def hold_out(labels: Tensor, share: float, seed: int, remedy: str) -> tuple[Tens
 def load_pretraining(
     dataset: str, data_dir: str, image_size: int, workers: int, device: torch.device, knn: bool
 ) -> tuple[Tensor, str, tuple[Split, Tensor, Tensor] | None]:
-    """Training images on the device; their shape and SHA-256; and with `knn`, to judge them by:
-    labelled training images, and indices of bank and queries.
+    """Training images on the device, their fingerprint (shape and SHA-256), and data for kNN.
 
-    STL-10's images are unlabelled; its training images are loaded beside them. The queries are the
-    same stratified tenth in every run, held out of the bank alone.
+    The last is, if `knn`, the labelled training images and the indices of bank and queries. The
+    queries are the same stratified tenth in every run, held out of the bank, not of pretraining.
+    For STL-10, whose pretraining images are unlabelled, its "train" split is loaded for it.
     """
     split = load_split(dataset, data_dir, "pretrain", image_size, workers)
     digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
@@ -123,7 +123,7 @@ def load_pretraining(
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise UserError if there are not two images, ConfigError if they do not make one batch."""
+    """Raise UserError if there are fewer than two images, ConfigError if fewer than a batch."""
     if images < 2:
         raise UserError(f"there is {images} training image: a batch takes two or more, add some")
     if batch_size > images:

@@ -1,6 +1,6 @@
 """Checkpoints: weights and the resolved config, as plain data that holds no code.
 
-from checkpoint import load_encoder
+from system.checkpoint import load_encoder
 enc, feature_dim = load_encoder("simclr_resnet18_epoch1000.pt")
 h = enc(images)  # (N, 3, 32, 32) in [0, 1] -> (N, feature_dim)
 """
@@ -16,20 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from files import write_file
 from models import SimCLR
+from system.errors import UserError
+from system.files import write_file
 
-# What of the config has to be known to build the network, and to feed it.
+# The config keys that define the network and the size of its input.
 ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image_size")
 
-PARTS = {"model": dict, "config": dict, "epoch": int}  # of a file of weights
-DIGEST = 64  # hexadecimal digits
-FORMAT = 1  # of checkpoints; a file without a number has this one
+PARTS = {"model": dict, "config": dict, "epoch": int}
+FORMAT = 1  # of checkpoints; files without a number have this one
 
 
 class Damaged(UserError):
-    """A file that is no checkpoint of ours, or not whole."""
+    """A file that is not a checkpoint of simclr.py, or not a complete one."""
 
 
 def checkpoint_name(backbone: str, epoch: int) -> str:
@@ -40,57 +39,39 @@ def checkpoint_name(backbone: str, epoch: int) -> str:
 def save_checkpoint(
     path: Path, weights: dict[str, Tensor], config: dict[str, Any], epoch: int
 ) -> None:
-    """Write {"model": state dict, "config": plain dict, "epoch": int}, whole or not at all.
+    """Write {"model": state dict, "config": plain dict, "epoch": int} atomically.
 
-    The weights are written as CPU tensors, to be read where there is no GPU. Raises UserError
-    where that is not possible.
+    The weights are saved as CPU tensors, so that they load without a GPU. Raises UserError if the
+    file cannot be written.
     """
     weights = {name: tensor.cpu() for name, tensor in weights.items()}
     write_file(path, to_bytes({"model": weights, "config": config, "epoch": epoch}))
 
 
 def to_bytes(content: dict[str, Any]) -> bytes:
-    """What torch.save makes of plain data, a zip archive, with its SHA-256 as the zip's comment.
-
-    The archive's own checksums cover neither its directory nor does torch.load compare them.
-    """
+    """What torch.save writes for plain data: a zip archive, with a CRC of every entry."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    buffer.seek(-2, io.SEEK_END)
-    buffer.write(DIGEST.to_bytes(2, "little"))  # the length of the comment
-    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     return buffer.getvalue()
 
 
-def from_bytes(file: bytes, must_have_checksum: bool) -> Any:
-    """The content of `to_bytes`, on the CPU, or of torch.save alone if it need not have a checksum.
+def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS) -> dict[str, Any]:
+    """Read what `save_checkpoint` or torch.save wrote, on the CPU. Nothing in it is executed.
 
-    Nothing is executed. Raises whatever the readers raise on bytes that are something else.
-    """
-    with zipfile.ZipFile(io.BytesIO(file)) as archive:
-        if len(archive.comment) == DIGEST:
-            if hashlib.sha256(file[:-DIGEST]).hexdigest().encode() != archive.comment:
-                raise ValueError("its checksum is wrong")
-        elif must_have_checksum or archive.testzip() is not None:
-            raise ValueError("its checksum is wrong or missing")
-    return torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
-
-
-def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS, state: bool = False) -> Any:
-    """What `save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
-
-    parts: the keys that it must have, and their types; `state`: a checksum too, which files of
-    weights by others lack. Raises UserError if there is no such file or it has another format,
-    Damaged if its checksum is wrong or it is not one of ours.
+    parts: the required keys and their types. Raises UserError if there is no such file or it has
+    another format, Damaged if the CRC of an entry is wrong or it was not written by simclr.py.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: there is {_listing(path.parent)}")
-    file = path.read_bytes()
+        raise UserError(f"no checkpoint {path}: {describe_checkpoints(path.parent)}")
+    content = path.read_bytes()
     try:
-        saved = from_bytes(file, must_have_checksum=state)
-    except pickle.UnpicklingError:  # whose message tells how to execute it
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no CRC
+            if (entry := archive.testzip()) is not None:
+                raise ValueError(f"wrong CRC of {entry}")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's message tells how to execute it
         raise Damaged(f"{path} is no checkpoint: it is not the plain data of simclr.py") from None
-    except Exception as error:  # the readers raise what they like
+    except Exception as error:  # the readers raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{path} is damaged or no checkpoint ({reason})") from None
     if isinstance(saved, dict) and saved.get("format", FORMAT) != FORMAT:
@@ -113,7 +94,7 @@ def sha256(path: Path) -> str:
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
-    """The network of a checkpoint that was loaded from `path`, or the same one untrained.
+    """The network of the checkpoint that was read from `path`, or the same network untrained.
 
     Raises UserError if the weights do not fit the architecture that the checkpoint names.
     """
@@ -138,27 +119,27 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
     return model.enc.eval().requires_grad_(False), model.feature_dim
 
 
-def find_checkpoint(folder: Path, backbone: str, epoch: int | None) -> Path:
-    """The checkpoint of `backbone` in `folder` after `epoch` epochs; None: the newest epoch.
+def find_checkpoint(run_dir: Path, backbone: str, epoch: int | None) -> Path:
+    """The checkpoint of `backbone` in `run_dir` after `epoch` epochs; None: the newest.
 
-    Raises UserError, listing those that are there, if it is missing.
+    Raises UserError, listing the checkpoints in that directory, if it is missing.
     """
     if epoch is None:
-        epochs = [_epoch(path, backbone) for path in folder.glob(f"simclr_{backbone}_epoch*.pt")]
-        epoch = max((found for found in epochs if found is not None), default=None)
-    if epoch is not None and (path := folder / checkpoint_name(backbone, epoch)).is_file():
+        names = [path.name for path in run_dir.glob(f"simclr_{backbone}_epoch*.pt")]
+        found = [re.fullmatch(r".*_epoch(\d+)\.pt", name) for name in names]
+        epoch = max((int(match[1]) for match in found if match), default=None)
+    if epoch is not None and (path := run_dir / checkpoint_name(backbone, epoch)).is_file():
         return path
     wanted = f"{backbone} after epoch {epoch}" if epoch is not None else backbone
     raise UserError(
-        f"no checkpoint of {wanted} in {folder}: there is {_listing(folder)}; "
+        f"no checkpoint of {wanted} in {run_dir}: {describe_checkpoints(run_dir)}; "
         "make one with simclr.py or name one with checkpoint=PATH"
     )
 
 
-def _epoch(path: Path, backbone: str) -> int | None:
-    match = re.fullmatch(rf"simclr_{backbone}_epoch(\d+)\.pt", path.name)
-    return int(match[1]) if match else None
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.glob("*.pt"))) or "none"
+def describe_checkpoints(directory: Path) -> str:
+    """For error messages: the checkpoints in a directory, or that it has none."""
+    if not directory.is_dir():
+        return f"there is no directory {directory}"
+    names = ", ".join(sorted(path.name for path in directory.glob("*.pt")))
+    return f"found {names}" if names else f"{directory} has no .pt file"

@@ -1,4 +1,4 @@
-"""The optimizer, and what changes over a run: learning rate and view size, by the step alone."""
+"""Optimizers, and schedules as pure functions of the step: learning rate and view size."""
 
 import math
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 OPTIMIZERS = ("sgd", "lars")
-TRUST = 0.001  # LARS: rate of a layer as a share of |w| / |g|, as in google-research/simclr
+TRUST = 0.001  # LARS trust coefficient, as in google-research/simclr
 FUSED = ("cuda", "mps", "cpu")  # devices on which torch updates all parameters in one kernel
 
 
@@ -20,10 +20,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or LARS; `set_learning_rate` sets the rate at each step.
 
-    SGD's weight decay applies to all parameters, as in the published repository; for LARS see
-    there. `fused`: in one kernel
-    on the devices that have it; not for use with a gradient scaler, because a first step that
-    overflows leaves torch's fused momentum uninitialised (2.14.1, torch/optim/sgd.py).
+    SGD's weight decay applies to all parameters, as in the published repository; for LARS see its
+    docstring. `fused` updates all parameters in one kernel where the device has one; not with a
+    gradient scaler, since a first step that overflows leaves torch's fused momentum uninitialised
+    (torch 2.14.1, torch/optim/sgd.py).
     Raises ValueError for a name that is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
@@ -42,14 +42,14 @@ def make_optimizer(
 
 
 class LARS(torch.optim.Optimizer):
-    """A rate for each layer, for batches of thousands (You et al. 2017, arXiv 1708.03888, Alg. 1).
+    """LARS, a learning rate per layer for large batches (You et al. 2017, arXiv 1708.03888).
 
         v ← μ·v + η·λ·(g + β·w),  w ← w - v,  λ = 0.001 · |w| / |g + β·w|
 
-    η is the learning rate, μ the momentum, β the weight decay, as google-research/simclr has it.
-    Weights of one dimension, which biases and all of batch norm are, have λ = 1 and β = 0; names
-    are not asked ("bn" misses downsample.1). λ = 1 also where |w| or the gradient is 0, so that
-    what is initialised with zeros moves. Nothing is read back from the device.
+    η is the learning rate, μ the momentum, β the weight decay (Algorithm 1, in the form of
+    google-research/simclr). One-dimensional weights, which are the biases and batch norm, have
+    λ = 1 and β = 0; they are found by shape, since the name "bn" misses downsample.1. λ = 1 also
+    where |w| or the gradient is 0, so that weights initialised with zeros move. No host sync.
     """
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
@@ -80,10 +80,10 @@ class LARS(torch.optim.Optimizer):
 def cosine_learning_rate(
     step: int, total_steps: int, peak: float, floor: float, warmup_steps: int = 0
 ) -> float:
-    """A straight line up to `peak` in the first `warmup_steps`, the last of which has it; then
-    half a cosine from `peak` to `floor` at the last step, total_steps - 1 (Sec. 2.3).
+    """Linear warm-up to `peak`, then cosine decay to `floor` (Sec. 2.3).
 
-    A pure function of the global step: there is no scheduler state to save or to lose.
+    Warm-up reaches `peak` at step `warmup_steps` - 1, the decay `floor` at the last step,
+    `total_steps` - 1. A pure function of the global step, so there is no scheduler state to save.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -92,20 +92,20 @@ def cosine_learning_rate(
 
 
 def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int:
-    """The side in pixels of the views of this step: progressive resolution.
+    """Progressive resolution: the size in pixels of the views at this step.
 
-    view_sizes: [[pixels, share of the steps], …] in the order of the run, shares summing to 1.
-    Small views cost less and come first; evaluation is at the full size.
+    view_sizes: [[pixels, fraction of the steps], …] in the order of the run, summing to 1. Small
+    views cost less and come first; evaluation uses the full size.
     """
     end = 0.0
     for pixels, share in view_sizes:
         end += share
         if step < round(end * total_steps):
             return int(pixels)
-    return int(pixels)  # shares that sum to a little less
+    return int(pixels)  # fractions that sum to a little less than 1
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group this absolute rate (not a factor, as LambdaLR would want)."""
+    """Set the absolute learning rate of every parameter group (LambdaLR would take a factor)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -1,15 +1,18 @@
-"""What a run tells about itself: the geometry of z, and a line an epoch for people and plots."""
+"""Training diagnostics: alignment, uniformity, spread, collapse detection; and their files."""
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from errors import UserError
+from system.errors import UserError
+from system.files import write_file
 
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
@@ -45,10 +48,10 @@ def spread(z: Tensor) -> Tensor:
 
 
 def collapsed(line: dict[str, float | None], batch_size: int, projection_dim: int) -> bool:
-    """Whether all images of an epoch had the same embedding, as far as its means can tell.
+    """Whether all images of an epoch had nearly the same embedding, judged by its means.
 
-    That is: a tenth of the spread there could be, and a partner found as often as by chance, once
-    in 2N-1 views, or twice at most.
+    That is: less than a tenth of the largest possible spread, and a contrastive accuracy of at
+    most twice that of chance, 1 in 2N-1.
     """
     chance = 1 / (2 * batch_size - 1)
     return (
@@ -58,17 +61,17 @@ def collapsed(line: dict[str, float | None], batch_size: int, projection_dim: in
 
 
 def is_finite(values: dict[str, float], scaled: bool) -> bool:
-    """Whether a training step left usable weights: loss and gradient are finite.
+    """Whether loss and gradient of a training step are finite.
 
-    With a gradient scaler (`scaled`) the gradient may overflow: that step has been left out.
+    With a gradient scaler (`scaled`) the gradient may overflow: the optimizer skips that step.
     """
     return math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"]))
 
 
 def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means over an epoch of what each step found.
+    """Means of the step metrics over an epoch.
 
-    A gradient that overflowed in float16 is left out, as the optimizer does: None if all did.
+    Gradient norms that overflowed in float16 are skipped, as the optimizer does: None if all did.
     """
     means: dict[str, float | None] = {name: fmean(s[name] for s in steps) for name in steps[0]}
     finite = [s["gradient_norm"] for s in steps if math.isfinite(s["gradient_norm"])]
@@ -76,9 +79,43 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
-    """The epochs of a run, from its metrics.jsonl. Raises UserError if it has none."""
+    """Read metrics.jsonl of a run directory, a dict an epoch. Raises UserError if it is missing."""
     try:
         *lines, _ = (run / "metrics.jsonl").read_text().split("\n")  # the last: cut, or empty
     except OSError as error:
         raise UserError(f"{run} has no epoch to show: metrics.jsonl, {error.strerror}") from None
     return [json.loads(line) for line in lines]
+
+
+def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None:
+    """Write all of metrics.jsonl, 400 bytes an epoch, so that a crash never leaves half a line."""
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    write_file(run_dir / "metrics.jsonl", lines.encode())
+
+
+class TensorBoard:
+    """The lines of metrics.jsonl as TensorBoard scalars, one step an epoch."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.writer, self.epoch = run_dir, None, 0
+
+    def write(self, history: list[dict[str, float | None]]) -> None:
+        """Add new epochs. Raises UserError if they cannot be written; the next call retries."""
+        try:
+            if self.writer is None:  # hides what an earlier process wrote of the same epochs
+                self.writer = SummaryWriter(self.run_dir, purge_step=self.epoch + 1)
+            for line in history[self.epoch :]:
+                for name, value in line.items():
+                    if name != "epoch" and value is not None:
+                        self.writer.add_scalar(name, value, line["epoch"])
+            self.writer.flush()
+        except OSError as error:
+            self.writer = None  # its thread has ended
+            raise UserError(f"TensorBoard's file in {self.run_dir}: {error.strerror}") from None
+        self.epoch = len(history)
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()

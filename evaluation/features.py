@@ -1,27 +1,29 @@
-"""What is read off a frozen encoder: its features, kNN (Wu et al. 2018), accuracies."""
+"""Feature extraction and kNN (Wu et al. 2018) for a frozen encoder; accuracies."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from augment import draw, random_crop_flip
-from data import Split, resize
-from device import autocast
+from images.augment import draw, random_crop_flip
+from images.datasets import Split, resize
+from system.checkpoint import build_model
+from system.device import autocast
 
 
 @contextmanager
 def frozen(enc: nn.Module) -> Iterator[nn.Module]:
-    """The encoder in eval mode and without gradients; afterwards checked to be bit-identical.
+    """Put the encoder in eval mode without gradients, and check afterwards that it is unchanged.
 
-    `module.requires_grad = False` is an attribute that nothing reads, and in train mode the
-    statistics of batch norm move; a published 92.06 % rests on both. Every tensor is hashed
-    (SHA-256) before and after. Raises RuntimeError, naming those parameters and buffers that
-    have changed.
+    `module.requires_grad = False` freezes nothing, and in train mode batch-norm statistics move; a
+    published 92.06 % rests on both. Every tensor is hashed (SHA-256) before and after. Raises
+    RuntimeError, naming the parameters and buffers that have changed.
     """
     enc.eval().requires_grad_(False)
     before = _hashes(enc)
@@ -38,12 +40,26 @@ def _hashes(module: nn.Module) -> dict[str, bytes]:
     }
 
 
+def build_encoder(
+    saved: dict[str, Any], path: Path, encoder: str, seed: int
+) -> tuple[nn.Module, int]:
+    """An encoder and its feature size D.
+
+    encoder: "checkpoint"; "random", the same network untrained; or "pixels", the image itself.
+    """
+    if encoder == "pixels":
+        return nn.Flatten(), 3 * saved["config"]["image_size"] ** 2
+    torch.manual_seed(seed)  # weights of an untrained one
+    model = build_model(saved, path, trained=encoder == "checkpoint")
+    return model.enc.to(memory_format=torch.channels_last), model.feature_dim
+
+
 @torch.no_grad()
 def extract_features(enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """Features (N, D) of all rows of the batches (n, 3, S, S), in their order.
+    """Features (N, D) of all rows of the batches (n, 3, S, S), in order.
 
-    In mixed precision `dtype`, and returned in what the encoder returns then: half precision
-    keeps half the memory, and loses nothing more.
+    Computed in mixed precision `dtype` and kept in the encoder's output precision: converting to
+    float32 would double the memory and add no information.
     """
     features = []
     for x in batches:
@@ -60,7 +76,7 @@ def clean_features(
     dtype: torch.dtype,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Features (N, D) of the images as they are; images: (N, 3, H, W), uint8.
+    """Features (N, D) of unaugmented images; images: (N, 3, H, W), uint8.
 
     `check` is called before each batch, and may raise.
     """
@@ -87,8 +103,8 @@ def crop_features(
 ) -> Tensor:
     """Features (K, N, D) of K = `views` random crops and flips of each image.
 
-    The paper's linear evaluation draws new ones in every epoch; the encoder is frozen, so that K
-    of them, extracted once, are what is left to pay for.
+    The paper's linear evaluation draws new crops in every epoch; since the encoder is frozen, K
+    sets of features can be extracted once and cycled through.
     """
     rng = torch.Generator(images.device).manual_seed(seed)
     features = None
@@ -115,9 +131,8 @@ def knn_scores(
 ) -> Tensor:
     """Votes (N, classes) of the k nearest neighbours, by cosine, of each query in the bank.
 
-    bank: (M, D), queries: (N, D). Each neighbour has one vote, or with a temperature τ, as in Wu
-    et al. 2018 (arXiv 1805.01978, Sec. 3.4), exp(cos / τ). With fewer than k images in the bank
-    all of them vote.
+    bank: (M, D), queries: (N, D). Each neighbour has one vote, or exp(cos / τ) with a temperature
+    τ (Wu et al. 2018, arXiv 1805.01978, Sec. 3.4). A bank of fewer than k images votes as a whole.
     """
     bank = F.normalize(bank.float(), dim=1)
     scores = []
@@ -140,9 +155,9 @@ def held_out_knn(
     dtype: torch.dtype,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """kNN accuracy during pretraining: both bank and queries (indices) are training images.
+    """kNN accuracy in [0, 1] during pretraining; bank and queries are indices of training images.
 
-    In eval mode, and afterwards back in the mode it was in; costs one forward pass an image.
+    The encoder runs in eval mode and returns to its former mode. Costs one forward pass an image.
     `check` is called before each batch, and may raise.
     """
     was_training = enc.training
@@ -153,7 +168,7 @@ def held_out_knn(
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share in [0, 1] of rows of scores (N, C) whose largest is that of the label (N,).
+    """Fraction in [0, 1] of rows of scores (N, C) whose largest score is at the label (N,).
 
     A tie goes to the smallest class, as in scikit-learn's kNN.
     """
@@ -161,5 +176,5 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Share in [0, 1] of rows of scores (N, C) with the label (N,) among the k largest."""
+    """Fraction in [0, 1] of rows of scores (N, C) with the label (N,) among the k largest."""
     return (scores.topk(k, dim=1).indices == labels[:, None]).sum().item() / len(labels)

@@ -1,4 +1,4 @@
-"""Images of the user's own: a folder of files, each read once, none written, none outside it."""
+"""Folders of image files: each file is read once, nothing is written, links out are refused."""
 
 import os
 import warnings
@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from errors import UserError
+from system.errors import UserError
 
 
 def class_folders(root: Path, within: Path) -> list[str]:
-    """The names of the folders in `root`, sorted, without hidden ones.
+    """The names of the visible folders in `root`, sorted: one for each class.
 
     Raises UserError if there is none, or one is a link out of `within`.
     """
@@ -35,9 +35,9 @@ def class_folders(root: Path, within: Path) -> list[str]:
 def load_images(
     folder: Path, image_size: int, workers: int, within: Path | None = None
 ) -> tuple[list[Path], Tensor]:
-    """All images below a folder: their paths, sorted, and (N, 3, image_size, image_size), uint8.
+    """Load all images below a folder: sorted paths, and (N, 3, image_size, image_size) uint8.
 
-    Raises UserError if there is none, for a file that is not one image, and for a link out of
+    Raises UserError if there is none, for a file that is not a single image, and for a link out of
     `within` (None: out of the folder).
     """
     files = _visible_files(folder, within or folder)
@@ -67,7 +67,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _refuse_link(path: Path, within: Path) -> None:
-    """Raise UserError for a symbolic link that leads out of `within`, or nowhere."""
+    """Raise UserError for a symbolic link out of `within`, or to nothing."""
     if path.is_symlink():
         target = Path(os.path.realpath(path))
         if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
@@ -75,10 +75,10 @@ def _refuse_link(path: Path, within: Path) -> None:
 
 
 def _decode(path: Path, size: int) -> np.ndarray:
-    """An image file of any size and mode as uint8 (3, size, size).
+    """Decode an image file of any size and mode to uint8 (3, size, size).
 
-    The shorter side is brought to `size` and the middle is cut out, so that nothing is distorted;
-    an RGB image of that size already is left as it is, to the bit.
+    The shorter side is resized to `size` and the centre is cropped, without distortion; an RGB
+    image of that size is returned bit by bit.
     """
     try:
         with Image.open(path) as file:

@@ -1,0 +1,1 @@
+"""What the encoder sees: datasets, image folders, augmentations."""

@@ -1,0 +1,130 @@
+"""Device, precision and torch.compile selection; copies from the device."""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from system.errors import ConfigError
+
+log = logging.getLogger("simclr")
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Views of 32×32 from which on compiling pays for itself. On two CPU cores ResNet-18 takes 55 s to
+# compile and is 9 % faster after that: break-even is at 120,000 views (benchmarks/step.py
+# --compile). On a GPU this is an estimate: 200 epochs of CIFAR-10.
+COMPILE_PAYS = {"cpu": 200_000, "cuda": 20_000_000}
+RECOMPUTED = (
+    "with activation_checkpointing=true or micro_batch_size, whose batch-norm bookkeeping "
+    "torch.compile does not trace"
+)
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; `auto` takes the first available of cuda, mps, cpu.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+    found = [
+        torch.cuda.is_available() and "cuda",
+        torch.backends.mps.is_available() and "mps",
+        "cpu",
+    ]
+    found = [device for device in found if device]
+    if name not in ("auto", *found):
+        raise ConfigError(
+            f"device={name!r}: must be one that this machine has, {', '.join(found)}, "
+            "or auto, which takes the first of them"
+        )
+    return torch.device(found[0] if name == "auto" else name)
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of convolutions and matrix products: a name of PRECISIONS, or `auto`.
+
+    `auto` is bfloat16 where the hardware multiplies it, which needs no care since its range is that
+    of float32; float16 on older GPUs, whose small range needs a gradient scaler; else float32.
+    """
+    if name != "auto":
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu":  # without these torch takes bfloat16 too, but slower than float32
+        found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
+        if found.get("avx512_bf16") or found.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in PRECISIONS."""
+    return next(name for name, found in PRECISIONS.items() if found == dtype)
+
+
+def tune_convolutions() -> None:
+    """Let cuDNN time its algorithms once for each shape; our shapes are static."""
+    torch.backends.cudnn.benchmark = True
+
+
+def select_compile(
+    choice: bool | str, device: torch.device, views: float, recompute: bool, world_size: int
+) -> bool:
+    """Whether to use torch.compile in a run of `views` views of 32×32: true, false, or `auto`.
+
+    Each view size is compiled for itself, so `views` is that of the rarest size. `auto` compiles
+    where the run is long enough to pay for it (COMPILE_PAYS), and warns if that is not possible.
+    Raises ConfigError if `true` is not possible.
+    """
+    enough = COMPILE_PAYS.get(device.type, math.inf)
+    if choice is False or (choice == "auto" and views < enough):
+        return False
+    obstacle = compile_obstacle(device, recompute, world_size)
+    if obstacle is not None and choice == "auto":
+        log.warning(f"warning: compile=auto does not compile {obstacle}")
+    elif obstacle is not None:
+        raise ConfigError(f"compile=true: must be false or auto {obstacle}")
+    return obstacle is None
+
+
+def compile_obstacle(device: torch.device, recompute: bool, world_size: int) -> str | None:
+    """What prevents torch.compile here, found by trying it on one number; None: nothing.
+
+    recompute: whether activations are recomputed in the backward pass.
+    """
+    if recompute:
+        return RECOMPUTED
+    if world_size > 1:
+        return f"with {world_size} ranks, for which it has not been tried"
+    try:  # a compiler, Python's headers, triton or a newer GPU may be missing, or may not work
+        torch.compile(lambda x: x.sin())(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        return f"on this machine ({type(error).__name__}: {reason[:200]})"
+    return None
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Convolutions and matrix products in `dtype`, with float32 weights (mixed precision)."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def start_copy(scalars: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
+    """Start copying scalars to the CPU without waiting; the returned function waits and reads."""
+    values = torch.stack(list(scalars.values()))
+    done = torch.cuda.Event() if values.is_cuda else None
+    copy = values.to("cpu", non_blocking=values.is_cuda)
+    if done is not None:
+        done.record()
+
+    def read() -> dict[str, float]:
+        if done is not None:
+            done.synchronize()
+        return dict(zip(scalars, copy.tolist(), strict=True))
+
+    return read

@@ -1,0 +1,114 @@
+"""Files of a run directory: written whole or not at all, locked, and never lost."""
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from system.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# A directory with one of RUN_MARKS holds a run; RUN_FILES are all that a run and its evaluation
+# leave there.
+RUN_MARKS = ("simclr_*.pt", "config.yaml", "metrics.jsonl")
+RUN_FILES = (
+    *RUN_MARKS, "failure.json", "events.out.tfevents.*", "results*.json", "results*.md",
+    "predictions.csv", "*.log", "*.png", "*.svg",
+)  # fmt: skip
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from a file system without locks
+
+
+def write_file(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write `content` to `path` atomically and durably; the old file becomes `previous`.
+
+    The content goes to a temporary file, is flushed to disk (fsync) and then renamed, so that a
+    crash or a power cut at any moment leaves either the old file, under one of its two names, or
+    the new one. Raises UserError, with the space that it takes, if that fails.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        with suppress(OSError):  # Windows and some file systems cannot sync a directory
+            _sync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({error.strerror}): it takes {_size(len(content))}"
+            f"{_free(path.parent)}; free up space, or make the directory writable"
+        ) from None
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
+
+
+def _free(directory: Path) -> str:
+    try:
+        return f", {_size(shutil.disk_usage(directory).free)} are free there"
+    except OSError:  # the directory is gone
+        return ""
+
+
+@contextmanager
+def locked(run_dir: Path, name: str, needed: bool = True) -> Iterator[None]:
+    """Hold the lock `run_dir`/.<name>.lock within the block; does nothing unless `needed`.
+
+    The operating system releases the lock when the process ends, however it ends; the empty file
+    stays. Warns on a file system without locks. Raises UserError if another process holds the
+    lock or the file cannot be written.
+    """
+    lock = FileLock(run_dir / f".{name}.lock", fallback_to_soft=False)
+    try:
+        if needed:
+            lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"{run_dir} is in use by another {name}.py: wait until that ends, or choose another "
+            "run directory with hydra.run.dir=PATH"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # filelock's own word for ENOSYS is the second
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise UserError(
+                f"{lock.lock_file} cannot be written ({error.strerror}): make the directory "
+                "writable, or choose another with hydra.run.dir=PATH"
+            ) from None
+        log.warning(f"warning: {run_dir} is on a file system without locks: start one {name}.py")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def move_aside(run_dir: Path) -> Path | None:
+    """Move the files of a run to a new directory old-1, old-2, …; None if there are none."""
+    files = sorted({path for pattern in RUN_FILES for path in run_dir.glob(pattern)})
+    if not files:
+        return None
+    number = 1
+    while (aside := run_dir / f"old-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        path.rename(aside / path.name)
+    return aside

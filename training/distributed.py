@@ -1,0 +1,209 @@
+"""Data-parallel training under torchrun: every rank has a shard of each batch (torch.distributed).
+
+In a single process each function here returns its input, so that simclr.py has one code path.
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partialmethod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from system.errors import ConfigError, UserError
+
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+TIMEOUT = timedelta(minutes=30)  # of a collective: as long as a download may take
+_groups = itertools.count()  # process groups of this process: one for each job of a sweep
+
+
+def is_distributed() -> bool:
+    """Whether torchrun started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_elastic_restart() -> bool:
+    """Whether torchrun has restarted the ranks after a failure (--max-restarts)."""
+    return all_reduce_max(int(os.environ.get(RESTARTS, "0"))) > 0
+
+
+def rank() -> int:
+    """Rank of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Initialise and tear down the process group; each local rank takes the GPU of its number.
+
+    Rank 0 alone logs and draws progress bars. Raises UserError if a machine has fewer GPUs than
+    local ranks.
+    """
+    if not is_distributed():
+        yield
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: --nproc_per_node must be at most "
+                f"{torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+    if os.environ["RANK"] != "0":
+        logging.disable(logging.CRITICAL)
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world_size = _fresh_store()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        yield
+        barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _fresh_store() -> tuple[dist.Store, int, int]:
+    """A store served by rank 0 for this start of the ranks; with rank and world size.
+
+    torchrun's own store can outlive a restart (torch 2.14.1) with the addresses of ranks that have
+    ended, and machines may count restarts differently. So torchrun's store only passes the port of
+    ours, which is read again until a server answers there: the port of an earlier start is dead.
+    """
+    launcher_store, rank, world_size = next(dist.rendezvous("env://"))
+    host, key = os.environ["MASTER_ADDR"], f"simclr{next(_groups)}"
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        launcher_store.set(key, str(store.port))
+        return store, rank, world_size
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while True:
+        try:
+            port = int(launcher_store.get(key))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=3))
+        except dist.DistError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+        else:
+            store.set_timeout(TIMEOUT)
+            return store, rank, world_size
+
+
+def check_shards(
+    batch_size: int, micro_batch_size: int | None, sync_batchnorm: bool, device: torch.device
+) -> None:
+    """Raise ConfigError unless every rank gets an equal shard, in equal micro-batches.
+
+    Shards are multiples of four images, since four neighbours share the places of the hue shift
+    (`random_views`). torch's SyncBatchNorm exists on GPUs only.
+    """
+    if world_size() > 1 and batch_size % (4 * world_size()):
+        raise ConfigError(
+            f"batch_size={batch_size}: must be a multiple of {4 * world_size()}, four images for "
+            f"each of {world_size()} ranks"
+        )
+    shard = batch_size // world_size()
+    if micro_batch_size is not None and shard % micro_batch_size:
+        raise ConfigError(  # a smaller last micro-batch would weigh more in the running statistics
+            f"micro_batch_size={micro_batch_size}: must divide the {shard} images of each rank"
+        )
+    if world_size() > 1 and sync_batchnorm and device.type != "cuda":
+        raise ConfigError(
+            f"sync_batchnorm=true: needs GPUs, and {world_size()} ranks run on {device.type}: set "
+            "sync_batchnorm=false for batch-norm statistics of each rank's own shard"
+        )
+
+
+def local_shard(x: Tensor, views: int = 1) -> Tensor:
+    """Columns of this rank: x (…, views·N) -> (…, views·n), n = N / world size, for N images."""
+    return x.unflatten(-1, (views, -1)).chunk(world_size(), dim=-1)[rank()].flatten(-2)
+
+
+def wrap_ddp(model: nn.Module, sync_batchnorm: bool) -> nn.Module:
+    """Wrap the model in DistributedDataParallel, which averages gradients over the ranks.
+
+    `sync_batchnorm` takes batch-norm statistics over the whole batch (GPUs only). Without it they
+    are those of each rank's shard, and the running statistics that are saved are rank 0's.
+    """
+    if world_size() == 1:
+        return model
+    if sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        shards = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(shards, x.contiguous())
+        return torch.cat(shards)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()  # the loss of every rank depends on every row
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks, with gradient: (n, d) -> (world size · n, d).
+
+    The gradient of a row is summed over the ranks. `all_gather` alone has no gradient, and
+    torch.distributed.nn.functional, which has one, is deprecated in torch 2.14.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average scalars on the device over the ranks, in one collective."""
+    if world_size() == 1:
+        return values
+    means = torch.stack(list(values.values())) / world_size()
+    dist.all_reduce(means)
+    return dict(zip(values, means, strict=True))
+
+
+def all_reduce_max(number: int) -> int:
+    """Maximum over the ranks."""
+    if world_size() == 1:
+        return number
+    numbers = torch.tensor(number)  # on the CPU: nothing waits for a GPU
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    all_reduce_max(0)
+
+
+def check_same(numbers: tuple[int, ...], what: str) -> None:
+    """Raise UserError, naming `what` the numbers are about, unless all ranks have the same."""
+    if any(all_reduce_max(number) != -all_reduce_max(-number) for number in numbers):
+        raise UserError(f"the ranks see different {what}: it must be on a disk that all share")
+
+
+@contextmanager
+def local_rank_zero_first() -> Iterator[None]:
+    """Run the block on local rank 0 of each machine first, then on the others: for downloads."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()

@@ -1,0 +1,244 @@
+"""The training state on disk, from which a stopped run continues as if it had never stopped."""
+
+import platform
+import random
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from models import SimCLR
+from system.checkpoint import FORMAT, Damaged, load_checkpoint, to_bytes
+from system.errors import ConfigError, UserError
+from system.files import RUN_MARKS, write_file
+from training.distributed import check_same
+
+STATE_PARTS = {
+    "model": dict, "optimizer": dict, "scaler": dict, "random": dict, "epoch": int,
+    "order": (Tensor, type(None)), "found": list, "seconds": float, "history": list,
+    "images": str, "config": dict, "versions": dict,
+}  # fmt: skip
+
+
+@dataclass
+class Training:
+    """What a run carries from step to step."""
+
+    model: SimCLR
+    ddp_model: nn.Module  # the model, wrapped in DistributedDataParallel under torchrun
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
+    rng: torch.Generator  # order of the images, and views
+    dtype: torch.dtype  # what the model computes in
+    make_views: Callable[..., Tensor]  # random_views, compiled or not
+    compiled: bool
+    epoch: int = 0  # completed epochs
+    order: Tensor | None = None  # of the images, in the current epoch
+    step_metrics: list[dict[str, float]] = field(default_factory=list)  # of the current epoch
+    seconds: float = 0.0  # that those steps took
+    history: list[dict[str, float | None]] = field(default_factory=list)  # metrics.jsonl
+
+    def start_epoch(self, images: Tensor) -> Tensor:
+        """The order of the images in this epoch: a new permutation, or that of a resumed epoch."""
+        if self.order is None:
+            self.order = torch.randperm(len(images), device=images.device, generator=self.rng)
+        return self.order
+
+    def end_epoch(self, line: dict[str, float | None]) -> None:
+        """Complete the current epoch with its line of metrics.jsonl."""
+        self.epoch += 1
+        self.history.append(line)
+        self.order, self.step_metrics, self.seconds = None, [], 0.0
+
+
+class SavedState(NamedTuple):
+    """A training state read from disk."""
+
+    path: Path
+    content: dict[str, Any]  # STATE_PARTS
+    problems: list[str]  # why a newer one was not taken
+
+
+def save_state(
+    run_dir: Path, training: Training, images: str, config: dict[str, Any], keep: bool = True
+) -> None:
+    """Write simclr_<backbone>_last.pt; if `keep`, the old one becomes …_previous.pt.
+
+    images: fingerprint of the training images. Takes about 8 bytes a weight on disk, twice.
+    Raises UserError if it cannot be written; the old state then stays.
+    """
+    content = {
+        "format": FORMAT,
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "random": _random_states(training.rng),
+        "epoch": training.epoch,
+        "order": training.order,
+        "found": training.step_metrics,  # their name in format 1
+        "seconds": training.seconds,
+        "history": training.history,
+        "images": images,
+        "config": config,
+        "versions": versions(),
+        "commit": commit(),
+    }
+    backbone = config["backbone"]
+    last, previous = (run_dir / f"simclr_{backbone}_{name}.pt" for name in ("last", "previous"))
+    write_file(last, to_bytes(content), previous if keep else None)
+
+
+def load_state(run_dir: Path) -> SavedState | None:
+    """The newest undamaged state in `run_dir`; None if the directory holds no run at all.
+
+    Raises UserError if it holds a run without a usable state, or a state of a newer format.
+    """
+    names = [f"simclr_*_{name}.pt" for name in ("last", "previous")]
+    states = [path for name in names for path in run_dir.glob(name)]
+    problems = []
+    if not (states and states[0].name.endswith("_last.pt")):
+        problems.append("simclr_<backbone>_last.pt is missing")
+    for path in states:
+        try:
+            return SavedState(path, load_checkpoint(path, STATE_PARTS), problems)
+        except Damaged as error:
+            problems.append(str(error))
+    if not any(path for pattern in RUN_MARKS for path in run_dir.glob(pattern)):
+        return None
+    raise UserError(
+        f"{run_dir} holds a run that can't be continued ({'; '.join(problems)}): start over with "
+        "resume=false, which moves its files aside, or choose a new run directory with "
+        "hydra.run.dir=PATH"
+    )
+
+
+def find_state(
+    run_dir: Path, config: dict[str, Any], may_change: tuple[str, ...]
+) -> SavedState | None:
+    """The state from which a run with this config resumes; None: there is no run yet.
+
+    Raises UserError as `load_state`, or if the ranks see different states; ConfigError as
+    `check_unchanged`.
+    """
+    saved = load_state(run_dir)
+    done = (saved.content["epoch"], len(saved.content["found"])) if saved else (-1, 0)
+    check_same(done, f"training states in {run_dir}")
+    if saved is not None:
+        check_unchanged(saved.content["config"], config, saved.path, may_change)
+    return saved
+
+
+def check_unchanged(
+    old: dict[str, Any], new: dict[str, Any], path: Path, may_change: tuple[str, ...]
+) -> None:
+    """Raise ConfigError if `new` differs from `old`, the config of the state in `path`.
+
+    Keys in `may_change` are not compared: they say where and how a run is computed, not what.
+    """
+    absent = "absent"
+    keys = [key for key in {**new, **old} if key not in may_change]
+    changed = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
+    if changed:
+        pairs = (f"{key}={new.get(key, absent)} (was {old.get(key, absent)})" for key in changed)
+        raise ConfigError(
+            f"{', '.join(pairs)}: must be as in {path} to resume that run; resume=false starts "
+            "over and moves its files aside, hydra.run.dir=PATH starts in another run directory"
+        )
+
+
+def restore(training: Training, saved: SavedState, images: str) -> None:
+    """Restore `training` from the saved state.
+
+    images: fingerprint of the training images. On another kind of device, whose generator is
+    another, views and order follow anew from the seed and the epoch. Raises UserError if the
+    images differ or the weights do not fit.
+    """
+    content = saved.content
+    if content["images"] != images:
+        raise UserError(
+            f"the training images are not those of {saved.path}: restore them, start over with "
+            "resume=false, or choose another run directory with hydra.run.dir=PATH"
+        )
+    try:
+        training.model.load_state_dict(content["model"])
+        training.optimizer.load_state_dict(content["optimizer"])
+        training.scaler.load_state_dict(content["scaler"])
+        _set_random_states(training.rng, content["random"], content["epoch"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{saved.path} does not fit its config ({reason[:300]})") from None
+    if content["order"] is not None:
+        training.order = content["order"].to(training.rng.device)
+    training.epoch, training.step_metrics = content["epoch"], content["found"]
+    training.seconds, training.history = content["seconds"], content["history"]
+
+
+def describe_resume(training: Training, saved: SavedState) -> str:
+    """A sentence for the log: which state is resumed, and whether the results stay identical."""
+    instead = f" ({'; '.join(saved.problems)})" if saved.problems else ""
+    then = {**saved.content["versions"], "device": saved.content["random"]["device"]}
+    now = {**versions(), "device": training.rng.device.type}
+    other = [f"{name} {then.get(name)}" for name in now if then.get(name) != now[name]]
+    change = f"; saved with {', '.join(other)}: identical only up to rounding" if other else ""
+    if "device" in change:
+        change += ", and with other views"
+    done = f"{training.epoch} epochs and {len(training.step_metrics)} steps are done"
+    return f"resumes from {saved.path}{instead}: {done}{change}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages on which the numbers of a run depend."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a plain string: it is a class of torch's
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+@lru_cache
+def commit() -> str | None:
+    """The git commit of this code, "-dirty" if it was changed; None where git cannot tell."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # else the commit would be that of a repository around it
+        return None
+    git = ["git", "--no-optional-locks", "-C", str(root), "describe", "--exclude=*", "--always"]
+    try:
+        done = subprocess.run([*git, "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
+
+
+def _random_states(rng: torch.Generator) -> dict[str, Any]:
+    """State of every random generator, as plain data. Training itself draws from `rng` alone."""
+    name, *numpy_state = np.random.get_state()
+    states = {
+        "device": rng.device.type,
+        "views": rng.get_state(),
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, numpy_state[0].tolist(), *numpy_state[1:]),
+    }
+    if rng.device.type != "cpu":
+        states["torch_device"] = torch.get_device_module(rng.device).get_rng_state()
+    return states
+
+
+def _set_random_states(rng: torch.Generator, states: dict[str, Any], epoch: int) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    if states["device"] != rng.device.type:
+        rng.manual_seed(rng.initial_seed() + 1 + epoch)
+        return
+    rng.set_state(states["views"])
+    if "torch_device" in states:
+        torch.get_device_module(rng.device).set_rng_state(states["torch_device"])
