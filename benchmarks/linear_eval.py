@@ -141,7 +141,7 @@ def main() -> None:
         train, test = (load_split("folder", args.data, s, SIZE, 2) for s in ("train", "test"))
         train = subset(train, args.images)
     else:
-        train, test = random_split(256, 0), random_split(64, 1)
+        train, test = random_split(min(256, 10 * args.images), 0), random_split(64, 1)
     if args.checkpoint:
         path = Path(args.checkpoint)
         enc, _ = build_encoder(load_checkpoint(path), path, "checkpoint", seed=0)

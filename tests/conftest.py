@@ -30,6 +30,11 @@ from models import BACKBONES
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parent.parent
+PRODUCT = sorted(  # all Python files but tests and benchmarks
+    path
+    for path in (*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[a-z]*/*.py"))
+    if path.parent.name not in ("tests", "benchmarks")
+)
 
 
 def obey_permissions() -> None:

@@ -9,6 +9,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import functional as tvf
 from torchvision.transforms import v2
 
+import simclr
 from images import augment
 
 SCALE = (0.08, 1.0)
@@ -191,9 +192,9 @@ def jitters(monkeypatch):
     return seen
 
 
-def numbered(n: int) -> torch.Tensor:
+def numbered(n: int, side: int = 8) -> torch.Tensor:
     """n images, each of one gray, which tells which it is."""
-    return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 8, 8)
+    return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, side, side)
 
 
 def test_color_orders_and_amounts_are_drawn_for_each_image(jitters):
@@ -221,6 +222,7 @@ def hue_places(monkeypatch):
 
     def read(n, rng):
         with monkeypatch.context() as patch:
+            patch.setattr(augment, "random_crop_flip", lambda images, *arguments: images)
             patch.setattr(
                 augment, "color_jitter", lambda x, f, s, o, hue_place: torch.full_like(x, hue_place)
             )
@@ -246,6 +248,117 @@ def test_the_place_of_the_hue_in_both_views_of_an_image_is_independent(hue_place
         places = hue_places(16, rng)
         pairs.update(zip(places[:8], places[8:], strict=True))
     assert len(pairs) == 16 and max(pairs.values()) < 150 and min(pairs.values()) > 55  # of 100
+
+
+@pytest.fixture
+def pretraining_views(toy, thin, monkeypatch):
+    """What simclr.train hands to random_views in 20 steps of 120 images: u, and the parameters.
+
+    A list with u (36, 240) of each step, and one with the parameters of its 240 views by name, as
+    the operations get them. Steps of the model are left out.
+    """
+    drawn, parameters = [], []
+    crop_flip = augment.crop_flip
+
+    def note(x, **values):
+        numbers = (x[:, 0, 0, 0].float() * (1 if x.dtype == torch.uint8 else 255)).round().long()
+        for name, value in values.items():
+            parameters[-1].setdefault(name, torch.full((240,), torch.nan))[numbers] = value.float()
+
+    def noted_crop_flip(x, boxes, flip, size):
+        top, left, height, width = boxes
+        note(x, top=top, left=left, height=height, width=width, flip=flip)
+        return crop_flip(x, boxes, flip, size)
+
+    def noted_color_jitter(x, factors, shift, order, hue_place):
+        note(x, jitter=factors[0] != 1, shift=shift, hue_place=torch.full_like(shift, hue_place))
+        for blend, factor, place in zip("bcs", factors, order, strict=True):
+            note(x, **{f"factor {blend}": factor, f"order {blend}": place})
+        return torch.cat([x[:, :1], 1 - x[:, :1], x[:, :1]], dim=1)  # gray only if made so
+
+    def make_views(x, u, size, *settings):
+        assert torch.equal(*x.chunk(2))  # columns i and N+i are the views of one image
+        drawn.append(u.clone())
+        parameters.append({})
+        views = augment.random_views(numbered(240, side=32), u, size, *settings)
+        parameters[-1]["gray"] = (views[:, 0] - views[:, 1]).abs().amax(dim=(1, 2)) < 1e-3
+        return views
+
+    class Record:
+        def log_step(self, *arguments):
+            pass
+
+        def end_epoch(self, training, *arguments):
+            training.end_epoch({})
+
+    cfg = toy("batch_size=120", "epochs=20", "image_size=32", "compile=false")
+    training = simclr.start_training(cfg, torch.device("cpu"), 20)
+    training.make_views = make_views
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "crop_flip", noted_crop_flip)
+        patch.setattr(augment, "color_jitter", noted_color_jitter)
+        patch.setattr(simclr, "train_step", lambda *arguments: {"loss": torch.zeros(())})
+        simclr.train(cfg, training, torch.zeros(120, 3, 32, 32, dtype=torch.uint8), None, Record())
+    return drawn, parameters
+
+
+def dependent(pairs):
+    """The names of quantities that differ too rarely, or correlate, between first and second.
+
+    pairs: by name, the values in the first views and in the second ones, 2,400 each.
+    """
+    found = []
+    for name, (first, second) in pairs.items():
+        assert len(first) == len(second) == 2400 and first.std() > 0 and first.isfinite().all()
+        if torch.stack([first, second]).corrcoef()[0, 1].abs() > 0.1:  # 5 σ
+            found.append(name)
+    return found
+
+
+def test_every_random_number_of_the_two_views_of_an_image_is_another(pretraining_views):
+    drawn, _ = pretraining_views
+    assert len(drawn) == 20 and all(u.shape == (36, 240) for u in drawn)
+    first, second = torch.cat([u.unflatten(1, (2, 120)) for u in drawn], dim=2).unbind(1)
+    assert (first == second).float().mean(dim=1).max() < 0.01
+    assert dependent({row: (first[row], second[row]) for row in range(36)}) == []
+
+
+def test_every_parameter_of_the_two_views_of_an_image_is_independent(pretraining_views):
+    _, parameters = pretraining_views
+    names = set(parameters[0])
+    assert names == {
+        "top", "left", "height", "width", "flip", "jitter", "factor b", "factor c", "factor s",
+        "shift", "order b", "order c", "order s", "hue_place", "gray",
+    }  # fmt: skip
+    pairs = {
+        name: torch.cat([step[name].float().unflatten(0, (2, 120)) for step in parameters], dim=1)
+        for name in names
+    }
+    assert dependent(pairs) == []
+
+
+@pytest.mark.parametrize("row", range(augment.HUE_PLACE.stop))
+def test_a_random_number_of_one_view_does_not_reach_the_other_view_of_its_image(row):
+    """Other numbers in this row, for the second views alone: these change, the first ones do not.
+
+    View i takes its crop from try i mod 10 for a box; those before it do not fit.
+    """
+    n, rng = 64, torch.Generator().manual_seed(row)
+    x = images(n, 16, 16).repeat(2, 1, 1, 1)
+    u = augment.draw(2 * n, rng)
+    tries = torch.arange(augment.CROP_TRIES)[:, None]
+    early = tries < torch.arange(2 * n) % augment.CROP_TRIES
+    area, ratio = u[: augment.CROP_TRIES], u[augment.CROP_TRIES : 2 * augment.CROP_TRIES]
+    area[early] = ratio[early] = 0.999
+    other = u.clone()
+    other[row, n:] = torch.rand(n, generator=rng)
+    before, after = (augment.random_views(x, v, 16, SCALE, 0.5, 0.5, 0.2) for v in (u, other))
+    assert torch.equal(before[:n], after[:n])
+    assert not torch.equal(before[n:], after[n:])
+    other = u.clone()
+    other[row, :n] = torch.rand(n, generator=rng)
+    after = augment.random_views(x, other, 16, SCALE, 0.5, 0.5, 0.2)
+    assert torch.equal(before[n:], after[n:]) and not torch.equal(before[:n], after[:n])
 
 
 @pytest.mark.parametrize("n", [1, 5, 4000])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import REPOSITORY
 from omegaconf import OmegaConf
 from PIL import Image
@@ -134,16 +135,30 @@ def test_a_sweep_gives_each_job_a_directory_named_after_its_overrides(run, thin,
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_run_with_growing_views_is_evaluated_like_any_other(run, thin, tmp_path):
-    """One real compilation of model and views, for each of two sizes."""
-    sizes = "view_sizes=[[8,0.5],[12,0.5]]"
-    run("simclr.py", "compile=true", sizes, "epochs=2", "hydra.run.dir=run", *TOY, "image_size=12",
+@pytest.mark.parametrize(("backend", "sizes"), [("inductor", [12]), ("eager", [8, 12])])
+def test_a_compiled_run_is_evaluated_like_any_other(
+    run, thin, tmp_path, monkeypatch, backend, sizes
+):
+    """One real compilation of model and views (half a minute for each size of the views), and
+    their graphs alone for views that grow."""
+    graphs = []
+    compile_function = torch.compile
+
+    def compile_graph(function, **options):  # also by nn.Module.compile
+        graphs.append(options)
+        return compile_function(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_graph)
+    share = f"{1 / len(sizes)}"
+    sizes = [[size, share] for size in sizes]
+    views = "view_sizes=[" + ",".join(f"[{size},{share}]" for size, share in sizes) + "]"
+    run("simclr.py", "compile=true", views, "epochs=2", "hydra.run.dir=run", *TOY, "image_size=12",
         "hidden_dim=16", "projection_dim=8", "knn_interval=0")  # fmt: skip
-    assert "in bf16, compiled" in (log := (tmp_path / "run" / "simclr.log").read_text()) or (
-        "in fp32, compiled" in log
-    )
+    assert graphs[1:] == [{"dynamic": False}] * 2  # after the trial of one number
+    assert ", compiled, in run" in (tmp_path / "run" / "simclr.log").read_text()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["view_size"] for line in lines] == [8, 12]
+    seen = [json.loads(line)["view_size"] for line in lines]
+    assert seen == [sizes[0][0], sizes[-1][0]]
     run("simclr_lin.py", "hydra.run.dir=run", "dataset=digits", "protocols=[knn]")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_acc"] > 0.5
 

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from images.datasets import draw_stratified, hold_out, load_split, resize
+from images.folder import load_images
 from system.errors import UserError
 
 
@@ -180,13 +181,119 @@ def test_folder_keeps_images_of_the_right_size_and_does_not_distort_others(write
     assert load_split("folder", str(tmp_path), "train", 16).images[0].min() > 200
 
 
-def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
-    folder = tmp_path / "train" / "a"
-    folder.mkdir(parents=True)
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(folder / "ramp.png")
-    image = load_split("folder", str(tmp_path), "train", 16).images[0, 0]
-    assert (image.flatten().float() - torch.arange(256)).abs().max() <= 1
+@pytest.mark.parametrize(("name", "order"), [("x.png", "<"), ("x.tif", "<"), ("x.tif", ">")])
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path, name, order):
+    ramp = np.linspace(0, 65535, 256).astype(f"{order}u2").reshape(16, 16)
+    mode = "I;16" if order == "<" else "I;16B"
+    Image.frombytes(mode, (16, 16), ramp.tobytes()).save(tmp_path / name)
+    with Image.open(tmp_path / name) as file:
+        assert file.mode == mode
+    [image] = load_images(tmp_path, 16, 1)[1]
+    for channel in image:
+        assert (channel.flatten().float() - torch.arange(256)).abs().max() <= 1
+
+
+def noise(height, width):
+    """An RGB image (height, width, 3), uint8."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# By the EXIF standard (JEITA CP-3451, tag 0x0112): the sides at which the stored image's first
+# row and first column are seen.
+ORIENTATIONS = {
+    1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
+    5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(("suffix", "error"), [("png", 0), ("tif", 0), ("jpg", 2)])
+def test_a_photo_that_was_stored_turned_is_loaded_upright(tmp_path, orientation, suffix, error):
+    """From the files of cameras that write the orientation instead of turning the pixels."""
+    seen = np.zeros((32, 32, 3), np.uint8)  # a different colour in each quarter
+    seen[:16, :16, 0] = seen[:16, 16:, 1] = seen[16:, :16, 2] = seen[16:, 16:] = 200
+    sides = ORIENTATIONS[orientation]
+    stored = seen if sides[0] in ("top", "bottom") else seen.swapaxes(0, 1)
+    stored = stored[::-1] if sides[0] in ("bottom", "right") else stored
+    stored = stored[:, ::-1] if sides[1] in ("bottom", "right") else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"photo.{suffix}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, exif=exif)
+    with Image.open(file) as photo:
+        assert photo.getexif()[0x0112] == orientation
+    [found] = load_images(tmp_path, 32, 1)[1]
+    centres = slice(8, None, 16)  # JPEG blurs colours where two quarters meet
+    found = found.permute(1, 2, 0)[centres, centres].numpy().astype(int)
+    assert abs(found - seen[centres, centres]).max() <= error
+
+
+def test_a_turned_photo_is_cropped_as_it_is_seen(tmp_path):
+    """Seen 20 wide and 40 high; stored lying, with its first row at the right."""
+    seen = noise(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(seen.swapaxes(0, 1)[::-1].copy()).save(tmp_path / "photo.png", exif=exif)
+    [found] = load_images(tmp_path, 20, 1)[1]
+    assert np.array_equal(found.permute(1, 2, 0), seen[10:30])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 96), (96, 32), (32, 32)])
+def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path, height, width):
+    pixels = noise(height, width)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    top, left = (height - 32) // 2, (width - 32) // 2
+    centre = torch.from_numpy(pixels[top : top + 32, left : left + 32]).permute(2, 0, 1)
+    for size in (32, 16):
+        [found] = load_images(tmp_path, size, 1)[1]
+        expected = (255 * resize(centre[None], size)[0]).round()
+        difference = (found - expected)[:, 1:-1, 1:-1]  # at the edge Pillow looks beyond the crop
+        assert difference.abs().max() <= (0 if size == 32 else 1)
+
+
+def test_a_small_image_is_enlarged(tmp_path):
+    Image.fromarray(np.full((2, 3, 3), (10, 20, 30), np.uint8)).save(tmp_path / "x.png")
+    [found] = load_images(tmp_path, 8, 1)[1]
+    assert found.flatten(1).T.unique(dim=0).tolist() == [[10, 20, 30]]
+
+
+def test_of_a_photo_with_a_preview_the_photo_is_loaded(tmp_path):
+    """Some cameras write MPO files, which have several images: not an animation."""
+    photo, preview = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
+    photo.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[preview])
+    with Image.open(tmp_path / "x.jpg") as file:
+        assert file.format == "MPO" and file.n_frames == 2
+    [found] = load_images(tmp_path, 16, 1)[1]
+    assert (found.flatten(1).float().mean(dim=1) - torch.tensor([255.0, 0, 0])).abs().max() < 3
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_images_of_nested_folders_come_in_the_order_of_their_sorted_paths(tmp_path, workers):
+    names = ["b.png", "a/z.png", "a/b/c.png", "c/a.png", "a.png", "a/.hidden.png", ".a/b.png"]
+    for n, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4 + 40 * n, 4 + 40 * n), (n, 0, 0)).save(tmp_path / name)
+    files, found = load_images(tmp_path, 8, workers)
+    visible = [tmp_path / name for name in names[:5]]
+    assert files == sorted(visible)
+    assert found[:, 0].float().mean(dim=(1, 2)).tolist() == [visible.index(f) for f in files]
+
+
+def test_a_link_is_followed_only_within_the_folder_or_where_it_may_lead(tmp_path):
+    folder = tmp_path / "all" / "some"
+    (folder / "a").mkdir(parents=True)
+    Image.new("L", (8, 8), 7).save(folder / "x.png")
+    (folder / "a" / "link.png").symlink_to(folder / "x.png")
+    files, found = load_images(folder, 8, 1)
+    assert len(files) == 2 and found.unique().tolist() == [7]
+    Image.new("L", (8, 8), 9).save(tmp_path / "all" / "y.png")
+    (folder / "out.png").symlink_to(tmp_path / "all" / "y.png")
+    with pytest.raises(UserError, match=r"out\.png is a link out of .*some, or to nothing"):
+        load_images(folder, 8, 1)
+    assert len(load_images(folder, 8, 1, within=tmp_path / "all")[0]) == 3
+    (folder / "loop").symlink_to(folder)
+    with pytest.raises(UserError, match="loop is a link to a folder, not followed"):
+        load_images(folder, 8, 1, within=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def obstacle(monkeypatch):
     asked = []
 
     def make(reason):
-        monkeypatch.setattr(device, "compile_obstacle", lambda *where: asked.append(where) or reason)
+        monkeypatch.setattr(
+            device, "compile_obstacle", lambda *where: asked.append(where) or reason
+        )
         return asked
 
     return make

@@ -1,5 +1,6 @@
 """What holds for any input, searched for by hypothesis: augmentations, loss, config."""
 
+import copy
 import math
 
 import pytest
@@ -117,12 +118,15 @@ values = st.recursive(
 )
 
 
+register_config()
+YAML = OmegaConf.load(CONFIG_FILE)
+DEFAULTS = check_values(YAML)
+
+
 @settings(max_examples=400, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.sampled_from(sorted(RULES)), values)
 def test_any_value_is_taken_as_it_is_or_refused_in_one_line(key, value):
-    register_config()
-    cfg = OmegaConf.load(CONFIG_FILE)
-    default = check_values(cfg)
+    cfg = copy.deepcopy(YAML)
     try:
         cfg[key] = value
         checked = check_values(cfg)
@@ -138,4 +142,4 @@ def test_any_value_is_taken_as_it_is_or_refused_in_one_line(key, value):
         assert found[key] == value and type(found[key]) is type(value)
     follow = key, "learning_rate", "finetune_learning_rate"
     for name in RULES:
-        assert name in follow or found[name] == default[name]
+        assert name in follow or found[name] == DEFAULTS[name]

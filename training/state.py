@@ -1,15 +1,10 @@
 """The training state on disk, from which a stopped run continues as if it had never stopped."""
 
-import platform
-import random
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -25,6 +20,8 @@ STATE_PARTS = {
     "order": (Tensor, type(None)), "found": list, "seconds": float, "history": list,
     "images": str, "config": dict, "versions": dict,
 }  # fmt: skip
+# On which the numbers of a run depend; plain strings, torch.__version__ is a class of torch's.
+VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
 
 
 @dataclass
@@ -79,7 +76,7 @@ def save_state(
         "model": training.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
-        "random": _random_states(training.rng),
+        "random": {"device": training.rng.device.type, "views": training.rng.get_state()},
         "epoch": training.epoch,
         "order": training.order,
         "found": training.step_metrics,  # their name in format 1
@@ -87,8 +84,7 @@ def save_state(
         "history": training.history,
         "images": images,
         "config": config,
-        "versions": versions(),
-        "commit": commit(),
+        "versions": VERSIONS,
     }
     backbone = config["backbone"]
     last, previous = (run_dir / f"simclr_{backbone}_{name}.pt" for name in ("last", "previous"))
@@ -170,7 +166,10 @@ def restore(training: Training, saved: SavedState, images: str) -> None:
         training.model.load_state_dict(content["model"])
         training.optimizer.load_state_dict(content["optimizer"])
         training.scaler.load_state_dict(content["scaler"])
-        _set_random_states(training.rng, content["random"], content["epoch"])
+        if content["random"]["device"] == training.rng.device.type:
+            training.rng.set_state(content["random"]["views"])
+        else:
+            training.rng.manual_seed(training.rng.initial_seed() + 1 + content["epoch"])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{saved.path} does not fit its config ({reason[:300]})") from None
@@ -184,61 +183,10 @@ def describe_resume(training: Training, saved: SavedState) -> str:
     """A sentence for the log: which state is resumed, and whether the results stay identical."""
     instead = f" ({'; '.join(saved.problems)})" if saved.problems else ""
     then = {**saved.content["versions"], "device": saved.content["random"]["device"]}
-    now = {**versions(), "device": training.rng.device.type}
+    now = {**VERSIONS, "device": training.rng.device.type}
     other = [f"{name} {then.get(name)}" for name in now if then.get(name) != now[name]]
     change = f"; saved with {', '.join(other)}: identical only up to rounding" if other else ""
     if "device" in change:
         change += ", and with other views"
     done = f"{training.epoch} epochs and {len(training.step_metrics)} steps are done"
     return f"resumes from {saved.path}{instead}: {done}{change}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages on which the numbers of a run depend."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a plain string: it is a class of torch's
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
-
-
-@lru_cache
-def commit() -> str | None:
-    """The git commit of this code, "-dirty" if it was changed; None where git cannot tell."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():  # else the commit would be that of a repository around it
-        return None
-    git = ["git", "--no-optional-locks", "-C", str(root), "describe", "--exclude=*", "--always"]
-    try:
-        done = subprocess.run([*git, "--dirty", "--abbrev=40"], capture_output=True, text=True)
-    except OSError:  # no git
-        return None
-    return done.stdout.strip() or None
-
-
-def _random_states(rng: torch.Generator) -> dict[str, Any]:
-    """State of every random generator, as plain data. Training itself draws from `rng` alone."""
-    name, *numpy_state = np.random.get_state()
-    states = {
-        "device": rng.device.type,
-        "views": rng.get_state(),
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, numpy_state[0].tolist(), *numpy_state[1:]),
-    }
-    if rng.device.type != "cpu":
-        states["torch_device"] = torch.get_device_module(rng.device).get_rng_state()
-    return states
-
-
-def _set_random_states(rng: torch.Generator, states: dict[str, Any], epoch: int) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    if states["device"] != rng.device.type:
-        rng.manual_seed(rng.initial_seed() + 1 + epoch)
-        return
-    rng.set_state(states["views"])
-    if "torch_device" in states:
-        torch.get_device_module(rng.device).set_rng_state(states["torch_device"])
