@@ -87,29 +87,28 @@ def recompute_blocks(enc: nn.Module) -> None:
     """Activation checkpointing per residual block: keep its input, recompute it in backward."""
     for block in enc.modules():
         if isinstance(block, BasicBlock | Bottleneck):
-            contexts = partial(_contexts, block)
             block.forward = partial(
                 checkpoint,
                 block.forward,
                 use_reentrant=False,
                 preserve_rng_state=False,  # nothing in a block is random
-                context_fn=contexts,
+                context_fn=partial(_keep_statistics, block),
             )
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _buffers_restored(block)  # for the forward pass, for the recomputation
+def _keep_statistics(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of the forward pass and of the recomputation, which must not count a batch again."""
 
+    @contextmanager
+    def buffers_restored() -> Iterator[None]:
+        before = [buffer.clone() for buffer in module.buffers()]
+        try:
+            yield
+        finally:  # torch's checkpoint ends the recomputation early, by an exception
+            for buffer, value in zip(module.buffers(), before, strict=True):
+                buffer.copy_(value)
 
-@contextmanager
-def _buffers_restored(block: nn.Module) -> Iterator[None]:
-    """Keep batch norm from counting a batch twice in its running statistics."""
-    before = [buffer.clone() for buffer in block.buffers()]
-    try:
-        yield
-    finally:  # torch's checkpoint ends the recomputation early, by an exception
-        for buffer, value in zip(block.buffers(), before, strict=True):
-            buffer.copy_(value)
+    return nullcontext(), buffers_restored()
 
 
 def embed_in_micro_batches(
@@ -134,7 +133,7 @@ def embed_in_micro_batches(
             torch.cat(pair),
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=partial(_contexts, model),
+            context_fn=partial(_keep_statistics, model),
         )
         micro_batches.append([e.chunk(2) for e in embedded])  # h and z, each of both views
     h, z = (torch.cat([part[e][view] for view in (0, 1) for part in micro_batches]) for e in (0, 1))

@@ -64,10 +64,8 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.2), layout="constrained", sharex=True)
     configs = [cfg for cfg, _ in runs.values()]
-    differing = [
-        key for key in configs[0]
-        if key not in MAY_CHANGE and any(cfg[key] != configs[0][key] for cfg in configs)
-    ]  # fmt: skip
+    keys = [key for key in configs[0] if key not in MAY_CHANGE]
+    differing = [key for key in keys if any(cfg[key] != configs[0][key] for cfg in configs)]
     for axis, (name, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
         for run, (cfg, metrics) in runs.items():
             points = [(m["epoch"], factor * m[name]) for m in metrics if m.get(name) is not None]
@@ -76,8 +74,7 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
         axis.set(title=title, ylabel=unit)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[1, 0].set_xlabel("epoch")
-    axes[1, 1].set_xlabel("epoch")
+    figure.supxlabel("epoch", fontsize="medium")
     if len(runs) > 1:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 3))
@@ -233,9 +230,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", metavar="RUN or key=value")
     parser.add_argument("--out", type=Path, help="directory for the pictures; default: the run's")
     args = parser.parse_args()
-    given = [
-        a for a in args.arguments if not a.endswith(".yaml")
-    ]  # what a sweep leaves beside runs
+    given = [a for a in args.arguments if not a.endswith(".yaml")]  # a sweep's, beside its runs
     runs = [Path(a) for a in given if "=" not in a or Path(a).is_dir()]
     overrides = [a for a in given if Path(a) not in runs]
     with one_line_errors():

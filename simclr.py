@@ -25,14 +25,7 @@ from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
 from models import SimCLR, nt_xent
-from system.device import (
-    autocast,
-    precision_name,
-    select_compile,
-    select_device,
-    select_precision,
-    tune_convolutions,
-)
+from system.device import autocast, precision_name, select_compile, select_device, select_precision
 from system.errors import one_line_errors
 from system.files import locked
 from training import distributed
@@ -119,7 +112,7 @@ def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
 
 def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
     """Build model, optimizer and random state for a new run of `steps` steps, from cfg.seed."""
-    tune_convolutions()
+    torch.backends.cudnn.benchmark = True  # times its algorithms once a shape; ours are static
     torch.manual_seed(cfg.seed)  # initial weights
     widths = cfg.projection_dim, cfg.hidden_dim
     memory = cfg.activation_checkpointing, cfg.micro_batch_size

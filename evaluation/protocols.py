@@ -87,25 +87,16 @@ def run_linear_on(task: EvaluationTask, views: Tensor) -> ProtocolResult:
     return select_and_fit(task, task.candidates, partial(fit_linear, task, views))
 
 
-def run_logistic(task: EvaluationTask) -> ProtocolResult:
-    """Logistic regression by scikit-learn, which shares no code with our linear layer."""
-    return select_and_fit(task, INVERSE_PENALTIES, partial(fit_logistic, task))
-
-
-def run_finetune(task: EvaluationTask) -> ProtocolResult:
-    """Fine-tuning (App. B.5): trains a copy of the encoder too. Not linear evaluation."""
-    images = task.train.images, task.test_images
-    return select_and_fit(task, task.candidates, partial(fit_network, task), *images)
-
-
 ON_PIXELS = ("knn", "weighted_knn", "linear")  # the protocols for raw pixels
 RUN = {
     "knn": partial(run_knn, k=10),
     "weighted_knn": partial(run_knn, k=200, temperature=0.07),  # Wu et al. 2018
     "linear": run_linear,
     "linear_clean": lambda task: run_linear_on(task, task.h[None]),
-    "logistic": run_logistic,
-    "finetune": run_finetune,
+    "logistic": lambda task: select_and_fit(task, INVERSE_PENALTIES, partial(fit_logistic, task)),
+    "finetune": lambda task: select_and_fit(
+        task, task.candidates, partial(fit_network, task), task.train.images, task.test_images
+    ),
 }
 
 

@@ -67,11 +67,6 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, found in PRECISIONS.items() if found == dtype)
 
 
-def tune_convolutions() -> None:
-    """Let cuDNN time its algorithms once for each shape; our shapes are static."""
-    torch.backends.cudnn.benchmark = True
-
-
 def select_compile(
     choice: bool | str, device: torch.device, views: float, recompute: bool, world_size: int
 ) -> bool:

@@ -41,31 +41,24 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
             os.replace(path, previous)
         os.replace(temporary, path)
         with suppress(OSError):  # Windows and some file systems cannot sync a directory
-            _sync_directory(path.parent)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        size = max(0.1, len(content) / 1e6)
         raise UserError(
-            f"{path} could not be written ({error.strerror}): it takes {_size(len(content))}"
+            f"{path} could not be written ({error.strerror}): it takes {size:,.1f} MB"
             f"{_free(path.parent)}; free up space, or make the directory writable"
         ) from None
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
-
-
 def _free(directory: Path) -> str:
     try:
-        return f", {_size(shutil.disk_usage(directory).free)} are free there"
+        return f", {shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there"
     except OSError:  # the directory is gone
         return ""
 

@@ -231,7 +231,7 @@ def test_the_batch_makes_equal_shards(monkeypatch):
 def test_synchronised_batch_norm_is_refused_on_several_ranks_without_gpus(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     distributed.check_shards(32, None, True, CUDA)
-    with pytest.raises(ConfigError, match="sync_batchnorm=true: needs GPUs.*set sync_batchnorm=f"):
+    with pytest.raises(ConfigError, match=r"sync_batchnorm=true: needs GPUs.*set sync_batchnorm=f"):
         distributed.check_shards(32, None, True, CPU)
 
 
@@ -271,7 +271,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    refused = pytest.raises(UserError, match="local rank 2 has no GPU .*at most 2")
+    refused = pytest.raises(UserError, match=r"local rank 2 has no GPU .*at most 2")
     with refused, distributed.process_group(CUDA):
         pass
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from system.errors import ConfigError, UserError
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 TIMEOUT = timedelta(minutes=30)  # of a collective: as long as a download may take
 _groups = itertools.count()  # process groups of this process: one for each job of a sweep
 
@@ -32,7 +31,7 @@ def is_distributed() -> bool:
 
 def is_elastic_restart() -> bool:
     """Whether torchrun has restarted the ranks after a failure (--max-restarts)."""
-    return all_reduce_max(int(os.environ.get(RESTARTS, "0"))) > 0
+    return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
 
 
 def rank() -> int:
@@ -67,8 +66,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, world_size = _fresh_store()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    store, number, size = _fresh_store()
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
     try:
         yield
         barrier()
@@ -77,11 +76,10 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def _fresh_store() -> tuple[dist.Store, int, int]:
-    """A store served by rank 0 for this start of the ranks; with rank and world size.
+    """A store served by rank 0, new at each start of the ranks; rank; world size.
 
-    torchrun's own store can outlive a restart (torch 2.14.1) with the addresses of ranks that have
-    ended, and machines may count restarts differently. So torchrun's store only passes the port of
-    ours, which is read again until a server answers there: the port of an earlier start is dead.
+    torchrun's own store can keep the addresses of ranks that ended before a restart (torch 2.14.1).
+    It only passes the port of ours, read again until a server answers: an older port is dead.
     """
     launcher_store, rank, world_size = next(dist.rendezvous("env://"))
     host, key = os.environ["MASTER_ADDR"], f"simclr{next(_groups)}"

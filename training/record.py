@@ -122,7 +122,10 @@ class RunRecord:
         training.end_epoch(line)
         if knn_acc is not None:
             self.bar.set_description(f"kNN {knn_acc:.1%}")
-        self._warn_of_collapse(training.history)
+        shape = self.config["batch_size"], self.config["projection_dim"]
+        flat = [epoch for epoch in training.history if collapsed(epoch, *shape)]
+        if flat == [line]:  # the first of the run
+            log.warning(COLLAPSED, training.epoch, self.config["learning_rate"])
         if self._write("metrics", write_metrics, self.run_dir, training.history):
             self._write("board", self.board.write, training.history)
         last = training.epoch == self.config["epochs"]
@@ -155,11 +158,6 @@ class RunRecord:
             self.check_written()
         if self.writes:
             write_file(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.config).encode())
-
-    def _warn_of_collapse(self, history: list[dict[str, float | None]]) -> None:
-        shape = self.config["batch_size"], self.config["projection_dim"]
-        if collapsed(history[-1], *shape) and not any(collapsed(h, *shape) for h in history[:-1]):
-            log.warning(COLLAPSED, len(history), self.config["learning_rate"])
 
     def _write_state(self, training: Training) -> bool:
         written = self._write(
