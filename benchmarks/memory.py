@@ -1,6 +1,6 @@
 """Peak memory of one training step, estimated without a GPU and without computing anything.
 
-    python benchmarks/memory.py                                   # the table of the README
+    python benchmarks/memory.py                                   # the table of docs/speed.md
     python benchmarks/memory.py --backbone resnet50 --batch 4096 --micro 128
     python benchmarks/memory.py --batch 65536 --processes 64      # of the loss alone, in one of 64
 

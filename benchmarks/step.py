@@ -1,7 +1,7 @@
 """Views a second of the whole training step, against the plain pipeline, and where its time goes.
 
     python benchmarks/step.py                          # under a minute
-    python benchmarks/step.py --batch 256 --compile    # the numbers of the README, six minutes
+    python benchmarks/step.py --batch 256 --compile    # the numbers of docs/speed.md, six minutes
     python benchmarks/step.py --backbone resnet50 --batch 512 --compile --no-plain  # on a GPU
 
 Two views of each image: augmentation, forward, loss, backward, optimizer. The plain pipeline

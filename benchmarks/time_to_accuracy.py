@@ -34,7 +34,7 @@ from models import SimCLR
 from system.device import select_device, select_precision
 from training.optim import cosine_learning_rate, set_learning_rate
 
-RECIPE = [  # for short runs: README, "Results"
+RECIPE = [  # for short runs: docs/results.md
     "batch_size=128", "learning_rate=0.03", "weight_decay=5e-4", "crop_scale=[0.2,1]",
     "grayscale_probability=0.1", "hidden_dim=1024",
 ]  # fmt: skip

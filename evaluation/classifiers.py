@@ -58,7 +58,7 @@ def fit_linear(
 
 
 def fit_logistic(task: EvaluationTask, index: Tensor, **penalty: float) -> Classifier:
-    """Logistic regression on standardised features, by L-BFGS until convergence."""
+    """scikit-learn's logistic regression on standardised features; no code of ours is in it."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **penalty))
     model.fit(task.h[index].float().cpu().numpy(), task.train.labels[index].cpu().numpy())
 
@@ -69,7 +69,7 @@ def fit_logistic(task: EvaluationTask, index: Tensor, **penalty: float) -> Class
 
 
 def fit_network(task: EvaluationTask, index: Tensor, **candidate: float) -> Classifier:
-    """Train encoder and linear layer: new crops in each epoch, batch norm in train mode."""
+    """Fine-tuning (App. B.5), no linear evaluation: train encoder and layer on new crops."""
     torch.manual_seed(task.seed)  # initial weights of the layer
     layer = nn.Linear(task.feature_dim, len(task.train.classes)).to(task.train.labels.device)
     model = nn.Sequential(copy.deepcopy(task.enc), layer).train().requires_grad_(True)
