@@ -76,28 +76,29 @@ def _list_of(rule: Rule, least: int = 1) -> Rule:
 
 
 def _crop_scale() -> Rule:
-    share = _number(0, 1, above=True)[0]
+    fraction = _number(0, 1, above=True)[0]
 
     def ok(value: Any) -> bool:
-        pair = isinstance(value, list) and len(value) == 2 and all(map(share, value))
+        pair = isinstance(value, list) and len(value) == 2 and all(map(fraction, value))
         return pair and value[0] <= value[1]
 
-    return ok, "two shares of the image's area, [smallest,largest], above 0 and at most 1"
+    return ok, "two fractions of the image's area, [smallest,largest], above 0 and at most 1"
 
 
 def _view_sizes() -> Rule:
-    size, share = _integer(8, 1024)[0], _number(0, 1, above=True)[0]
+    size, fraction = _integer(8, 1024)[0], _number(0, 1, above=True)[0]
+    allowed = "1 to 8 pairs, pixels from 8 to 1024, fractions that sum to 1"  # torch.compile: 8
 
     def ok(value: Any) -> bool:
-        pairs = isinstance(value, list) and 1 <= len(value) <= 8  # torch.compile takes no more
         return (
-            pairs
+            isinstance(value, list)
+            and 1 <= len(value) <= 8
             and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-            and all(size(pixels) and share(part) for pixels, part in value)
-            and math.isclose(sum(part for _, part in value), 1, abs_tol=0.01)
+            and all(size(pixels) and fraction(share) for pixels, share in value)
+            and math.isclose(sum(share for _, share in value), 1, abs_tol=0.01)
         )
 
-    return ok, "[[pixels,share],...]: 1 to 8 pairs, pixels from 8 to 1024, shares that sum to 1"
+    return ok, f"[[pixels,fraction],...]: {allowed}"
 
 
 NULL: Rule = (lambda value: value is None, "null")

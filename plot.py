@@ -175,9 +175,9 @@ def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Fi
     )
     size, dtype = cfg.image_size, select_precision(cfg.precision, device)
     h, test_h = (clean_features(enc, s.images, size, cfg.batch_size, dtype) for s in (train, test))
-    part = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
-    if len(part) > 3:
-        yield "embedding", plot_embedding(test_h[part], test.labels[part], test.classes)
+    chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
+    if len(chosen) > 3:
+        yield "embedding", plot_embedding(test_h[chosen], test.labels[chosen], test.classes)
     yield "neighbours", plot_neighbours(train, h, test, test_h, size)
 
 

@@ -92,13 +92,13 @@ def hold_out(labels: Tensor, fraction: float, seed: int, remedy: str) -> tuple[T
     The only image of a class is not held out. Raises UserError, which names the remedy, if nothing
     can be held out.
     """
-    part = draw_stratified(labels, fraction, seed)
-    part = part[labels.bincount()[labels[part]] > 1]
-    if len(part) == 0:
+    held_out = draw_stratified(labels, fraction, seed)
+    held_out = held_out[labels.bincount()[labels[held_out]] > 1]
+    if len(held_out) == 0:
         raise UserError(f"no class has two images, so that none can be held out: {remedy}")
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    rest[part] = False
-    return rest.nonzero()[:, 0], part
+    rest[held_out] = False
+    return rest.nonzero()[:, 0], held_out
 
 
 def load_pretraining(
@@ -161,11 +161,11 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
     try:
         if dataset == "stl10":
             name = {"pretrain": "unlabeled"}.get(split, split)
-            part = source(data_dir, split=name, download=True)
-            images, labels = part.data, part.labels
+            found = source(data_dir, split=name, download=True)
+            images, labels = found.data, found.labels
         else:
-            part = source(data_dir, train=split != "test", download=True)
-            images, labels = part.data.transpose(0, 3, 1, 2), part.targets
+            found = source(data_dir, train=split != "test", download=True)
+            images, labels = found.data.transpose(0, 3, 1, 2), found.targets
     except UNFETCHED as error:
         raise UserError(
             f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
@@ -174,7 +174,7 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): delete it") from None
     labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(part.classes))
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(found.classes))
 
 
 def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
