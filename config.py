@@ -75,30 +75,19 @@ def _list_of(rule: Rule, least: int = 1) -> Rule:
     return ok, f"a list, {'[…]' if least else '[] or […]'}, of {rule[1]}"
 
 
-def _crop_scale() -> Rule:
-    fraction = _number(0, 1, above=True)[0]
-
-    def ok(value: Any) -> bool:
-        pair = isinstance(value, list) and len(value) == 2 and all(map(fraction, value))
-        return pair and value[0] <= value[1]
-
-    return ok, "two fractions of the image's area, [smallest,largest], above 0 and at most 1"
+def _is_pair(value: Any, first: Rule, second: Rule) -> bool:
+    two = isinstance(value, list) and len(value) == 2
+    return two and first[0](value[0]) and second[0](value[1])
 
 
-def _view_sizes() -> Rule:
-    size, fraction = _integer(8, 1024)[0], _number(0, 1, above=True)[0]
-    allowed = "1 to 8 pairs, pixels from 8 to 1024, fractions that sum to 1"  # torch.compile: 8
+def _is_crop_scale(value: Any) -> bool:
+    return _is_pair(value, FRACTION, FRACTION) and value[0] <= value[1]
 
-    def ok(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and 1 <= len(value) <= 8
-            and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-            and all(size(pixels) and fraction(share) for pixels, share in value)
-            and math.isclose(sum(share for _, share in value), 1, abs_tol=0.01)
-        )
 
-    return ok, f"[[pixels,fraction],...]: {allowed}"
+def _are_view_sizes(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(_is_pair(pair, PIXELS, FRACTION) for pair in value)
+    few = pairs and 1 <= len(value) <= 8  # torch.compile takes no more
+    return few and math.isclose(sum(fraction for _, fraction in value), 1, abs_tol=0.01)
 
 
 NULL: Rule = (lambda value: value is None, "null")
@@ -108,23 +97,32 @@ PATH: Rule = (
     "a path, in quotes of its own if it looks like a number",
 )
 AUTO: Rule = (lambda value: value == "auto", "auto")
-PROBABILITY = _number(0, 1)
+PIXELS, PROBABILITY, FRACTION = _integer(8, 1024), _number(0, 1), _number(0, 1, above=True)
 RATE, DECAY = _number(0, above=True), _number(0)
+
+CROP_SCALE: Rule = (
+    _is_crop_scale,
+    "two fractions of the image's area, [smallest,largest], above 0 and at most 1",
+)
+VIEW_SIZES: Rule = (
+    _are_view_sizes,
+    "[[pixels,fraction],...]: 1 to 8 pairs, pixels from 8 to 1024, fractions that sum to 1",
+)
 
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
     "data_dir": PATH,
-    "image_size": _integer(8, 1024),
+    "image_size": PIXELS,
     "workers": _integer(1, 1024),
     "backbone": _one_of(tuple(BACKBONES)),
     "projection_dim": _integer(1, 65536),
     "hidden_dim": _integer(1, 65536),
     "cifar_stem": YES_OR_NO,
-    "crop_scale": _crop_scale(),
+    "crop_scale": CROP_SCALE,
     "flip_probability": PROBABILITY,
     "color_strength": _number(0, 2.5),  # a hue shift of more than half a turn means nothing
     "grayscale_probability": PROBABILITY,
-    "view_sizes": _either(NULL, _view_sizes()),
+    "view_sizes": _either(NULL, VIEW_SIZES),
     "seed": _integer(0, 2**32 - 1),
     "device": _one_of(DEVICES),
     "precision": _one_of(("auto", *PRECISIONS)),
