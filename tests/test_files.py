@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import REPOSITORY
+from filelock import FileLock
 
 from system.errors import UserError
 from system.files import locked, move_aside, write_file
@@ -84,11 +85,29 @@ def failing_flock(monkeypatch, number):
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def failing_acquire(monkeypatch, error):
+    """Let filelock itself fail, as it does where the system call is not there at all."""
+
+    def acquire(self, **arguments):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+
+
+NO_LOCKS = {
+    "ENOLCK": (failing_flock, errno.ENOLCK),
+    "ENOSYS": (failing_flock, errno.ENOSYS),
+    "EOPNOTSUPP": (failing_flock, errno.EOPNOTSUPP),
+    "NotImplementedError": (failing_acquire, NotImplementedError("no flock here")),
+}
+
+
+@pytest.mark.parametrize("case", NO_LOCKS)
 def test_on_a_file_system_without_locks_there_is_one_warning_and_the_block_runs(
-    tmp_path, monkeypatch, caplog, number
+    tmp_path, monkeypatch, caplog, case
 ):
-    failing_flock(monkeypatch, number)
+    fail, reason = NO_LOCKS[case]
+    fail(monkeypatch, reason)
     for repetition in (1, 2):  # a file that the first one leaves does not lock the second one out
         with locked(tmp_path, "simclr"):
             (tmp_path / f"ran{repetition}").write_text("")
