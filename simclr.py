@@ -48,8 +48,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
 
-    The model computes in `dtype` (mixed precision), the loss in float32; the scaler acts with
-    float16 alone. Returns the step metrics, detached scalars on the device.
+    The model computes in `dtype` (mixed precision), the loss in float32; the scaler is enabled only
+    for float16. Returns the step metrics, detached scalars on the device.
     """
     with autocast(views.device, dtype):
         _, z = model(views)  # h: 2N×D, z: 2N×d
@@ -80,26 +80,28 @@ def train(
 ) -> None:
     """Train for the remaining epochs and steps; `record` logs, saves and stops the run."""
     n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
+    total_steps = cfg.epochs * steps
     learner = training.ddp_model, training.optimizer, training.scaler
     colors = cfg.color_strength, cfg.grayscale_probability
     augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
     while training.epoch < cfg.epochs:
         order = training.start_epoch(images)
-        for i in range(len(training.step_metrics), steps):
-            learning_rate, size = schedule(cfg, training.epoch * steps + i, cfg.epochs * steps)
+        for i in range(training.steps_done, steps):  # from 0, but in a resumed epoch
+            learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
             batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, uint8
-            u = local_shard(draw(2 * n, training.rng), views=2)  # random numbers of each view
-            views = training.make_views(batch.repeat(2, 1, 1, 1), u, size, *augmentation)
+            noise = local_shard(draw(2 * n, training.rng), views=2)  # columns: all views 1, views 2
+            views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
             set_learning_rate(training.optimizer, learning_rate)
             metrics = train_step(*learner, views, cfg.temperature, training.dtype)
             record.log_step(training, all_reduce_mean(metrics), learning_rate)
 
         epoch, knn_acc = training.epoch + 1, None
         if knn is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
-            at_once = 2 * (cfg.micro_batch_size or n // distributed.world_size())
-            shape = cfg.image_size, at_once, training.dtype
-            knn_acc = held_out_knn(training.model.enc, *knn, *shape, record.stop.check)
-        record.end_epoch(training, knn_acc, *schedule(cfg, epoch * steps - 1, cfg.epochs * steps))
+            batch_size = 2 * (cfg.micro_batch_size or n // distributed.world_size())
+            inference = cfg.image_size, batch_size, training.dtype
+            knn_acc = held_out_knn(training.model.enc, *knn, *inference, record.stop.check)
+        last_step = schedule(cfg, epoch * steps - 1, total_steps)  # learning rate and view size
+        record.end_epoch(training, knn_acc, *last_step)  # logs, saves, and counts the epoch
 
 
 def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
@@ -107,12 +109,17 @@ def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
     ends = cfg.learning_rate, cfg.min_learning_rate
     warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
     learning_rate = cosine_learning_rate(step, total_steps, *ends, warmup_steps)
-    return learning_rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1]])
+    return learning_rate, view_size(step, total_steps, view_sizes(cfg))
 
 
-def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Training:
-    """Build model, optimizer and random state for a new run of `steps` steps, from cfg.seed."""
-    torch.backends.cudnn.benchmark = True  # times its algorithms once a shape; ours are static
+def view_sizes(cfg: DictConfig) -> list[list[float]]:
+    """[[pixels, fraction of the steps], …] in the order of the run."""
+    return cfg.view_sizes or [[cfg.image_size, 1.0]]
+
+
+def start_training(cfg: DictConfig, device: torch.device, total_steps: int) -> Training:
+    """Build model, optimizer and random state for a new run, all from cfg.seed."""
+    torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.manual_seed(cfg.seed)  # initial weights
     widths = cfg.projection_dim, cfg.hidden_dim
     memory = cfg.activation_checkpointing, cfg.micro_batch_size
@@ -123,14 +130,14 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int) -> Trainin
     weights, fused = model.parameters(), not scaler.is_enabled()
     optimizer = make_optimizer(cfg.optimizer, weights, cfg.momentum, cfg.weight_decay, fused)
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    make_views = random_views
-    sizes = cfg.view_sizes or [[cfg.image_size, 1]]
-    views = 2 * cfg.batch_size * steps * min(share * (size / 32) ** 2 for size, share in sizes)
+    # each size of the views is compiled for itself: the work of the least used one, in 32×32 views
+    least = min(fraction * (size / 32) ** 2 for size, fraction in view_sizes(cfg))
+    work = 2 * cfg.batch_size * total_steps * least
     recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
-    compiled = select_compile(cfg.compile, device, views, recompute, distributed.world_size())
+    compiled = select_compile(cfg.compile, device, work, recompute, distributed.world_size())
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
-        make_views = torch.compile(random_views, dynamic=False)
+    make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
     return Training(model, ddp_model, optimizer, scaler, rng, dtype, make_views, compiled)
 
@@ -163,7 +170,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         training = start_training(cfg, device, cfg.epochs * steps)
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):
-            del saved  # a second copy of the weights
+            del saved  # frees a second copy of the weights
             log.info(
                 f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
                 f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: features, protocols, results."""
+"""Features, classifiers, evaluation protocols and results."""

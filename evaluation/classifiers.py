@@ -23,7 +23,7 @@ Classifier = Callable[[Tensor], Tensor]  # (N, …) -> scores (N, C), larger is 
 
 
 class EvaluationTask(NamedTuple):
-    """The input of every protocol: of the test set only the images, not the labels."""
+    """The input of every protocol; of the test set it has no labels."""
 
     enc: nn.Module
     feature_dim: int  # D
@@ -46,7 +46,7 @@ class EvaluationTask(NamedTuple):
 def fit_linear(
     task: EvaluationTask, views: Tensor, index: Tensor, **candidate: float
 ) -> Classifier:
-    """Train a linear layer on features (K, M, D), in each epoch on the next of the K views."""
+    """Train a linear layer on features (K, M, D), cycling through the K views, one per epoch."""
     torch.manual_seed(task.seed)  # initial weights
     head = nn.Linear(views.shape[-1], len(task.train.classes)).to(views.device)
 
@@ -58,7 +58,7 @@ def fit_linear(
 
 
 def fit_logistic(task: EvaluationTask, index: Tensor, **penalty: float) -> Classifier:
-    """scikit-learn's logistic regression on standardised features; no code of ours is in it."""
+    """scikit-learn's logistic regression on standardised features: independent of our layer."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **penalty))
     model.fit(task.h[index].float().cpu().numpy(), task.train.labels[index].cpu().numpy())
 
@@ -69,7 +69,7 @@ def fit_logistic(task: EvaluationTask, index: Tensor, **penalty: float) -> Class
 
 
 def fit_network(task: EvaluationTask, index: Tensor, **candidate: float) -> Classifier:
-    """Fine-tuning (App. B.5), no linear evaluation: train encoder and layer on new crops."""
+    """Fine-tuning (App. B.5), not a linear evaluation: trains encoder and layer on new crops."""
     torch.manual_seed(task.seed)  # initial weights of the layer
     layer = nn.Linear(task.feature_dim, len(task.train.classes)).to(task.train.labels.device)
     model = nn.Sequential(copy.deepcopy(task.enc), layer).train().requires_grad_(True)
@@ -96,9 +96,9 @@ def train_classifier(
 ) -> None:
     """Train `model` by SGD with a cosine schedule on the images of the index and their labels.
 
-    inputs(epoch, indices of a batch) returns the input of a step. Each image is seen once an
-    epoch, in batches of equal size to within one image: a small last batch would step as far as
-    the others, and batch norm needs two images.
+    inputs(epoch, indices of a batch) returns the input of a step. Each image is seen once per
+    epoch, in batches of equal size to within one image: a small last batch would get the same step
+    size as a full one, and batch norm needs two images.
     """
     device, labels = task.train.labels.device, task.train.labels
     rng = torch.Generator(device).manual_seed(task.seed)  # order of the images

@@ -21,9 +21,9 @@ from system.device import autocast
 def frozen(enc: nn.Module) -> Iterator[nn.Module]:
     """Put the encoder in eval mode without gradients, and check afterwards that it is unchanged.
 
-    `module.requires_grad = False` freezes nothing, and in train mode batch-norm statistics move; a
-    published 92.06 % rests on both. Every tensor is hashed (SHA-256) before and after. Raises
-    RuntimeError, naming the parameters and buffers that have changed.
+    `module.requires_grad = False` freezes nothing, and in train mode batch-norm statistics move:
+    both bugs affect the published 92.06 %. Every tensor is hashed (SHA-256) before and after.
+    Raises RuntimeError, naming the parameters and buffers that have changed.
     """
     enc.eval().requires_grad_(False)
     before = _hashes(enc)
@@ -132,7 +132,7 @@ def knn_scores(
     """Votes (N, classes) of the k nearest neighbours, by cosine, of each query in the bank.
 
     bank: (M, D), queries: (N, D). Each neighbour has one vote, or exp(cos / τ) with a temperature
-    τ (Wu et al. 2018, arXiv 1805.01978, Sec. 3.4). A bank of fewer than k images votes as a whole.
+    τ (Wu et al. 2018, arXiv 1805.01978, Sec. 3.4). k is capped at the bank size.
     """
     bank = F.normalize(bank.float(), dim=1)
     scores = []
@@ -157,7 +157,7 @@ def held_out_knn(
 ) -> float:
     """kNN accuracy in [0, 1] during pretraining; bank and queries are indices of training images.
 
-    The encoder runs in eval mode and returns to its former mode. Costs one forward pass an image.
+    The encoder runs in eval mode and returns to its former mode. Costs one forward pass per image.
     `check` is called before each batch, and may raise.
     """
     was_training = enc.training

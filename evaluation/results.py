@@ -1,4 +1,4 @@
-"""Scores and tables of an evaluation: results.json for programs, results.md for people."""
+"""Scores and tables of an evaluation; results.json, results.md and predictions.csv."""
 
 import csv
 import io

@@ -1,1 +1,1 @@
-"""What the encoder sees: datasets, image folders, augmentations."""
+"""Datasets, image folders and augmentations."""

@@ -72,7 +72,7 @@ def random_crop_flip(
 def sample_boxes(
     shape: torch.Size, u: Tensor, crop_scale: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes (top, left, height, width), each (N,) int64, as RandomResizedCrop draws them.
+    """Sample crop boxes (top, left, height, width), each (N,) int64, as RandomResizedCrop does.
 
     shape: of the images, (N, 3, H, W); u: (22, N). The area is uniform in `crop_scale` as a
     fraction of the image, the log of the aspect ratio uniform between those of 3/4 and 4/3. A box
@@ -120,7 +120,7 @@ def crop_flip(
 
 
 def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
-    """(N, size, full): row i holds the weights of the pixels that make output pixel i.
+    """Weights of the antialiased bilinear resize, (N, size, full): row i makes output pixel i.
 
     A triangle around the pixel's centre, one input pixel wide, or, where the interval
     [start, start + length) shrinks, one output pixel wide: that is the antialiasing. Pixels
@@ -139,7 +139,7 @@ def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
 def random_color_jitter(x: Tensor, u: Tensor, hue_place: int, strength: float) -> Tensor:
     """`color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s, with probability 0.8 (App. A).
 
-    u: (8, N). Elsewhere factors of 1 and a shift of 0 leave the image unchanged.
+    u: (8, N). Otherwise factors of 1 and a shift of 0 leave the image unchanged.
     """
     span = 0.8 * strength
     low, high = max(0.0, 1 - span), 1 + span
@@ -183,7 +183,7 @@ def blend(x: Tensor, factor: Tensor, operation: Tensor) -> Tensor:
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """The luma of images (N, 3, H, W): (N, 1, H, W)."""
+    """Convert RGB images (N, 3, H, W) to grayscale (N, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 

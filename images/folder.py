@@ -1,4 +1,4 @@
-"""Folders of image files: each file is read once, nothing is written, links out are refused."""
+"""Folders of image files: read once, never written; symbolic links that leave are refused."""
 
 import os
 import warnings

@@ -1,1 +1,1 @@
-"""The machine under it: device, files, checkpoints, errors and signals."""
+"""Device, files, checkpoints, errors and signals."""

@@ -49,7 +49,7 @@ def save_checkpoint(
 
 
 def to_bytes(content: dict[str, Any]) -> bytes:
-    """What torch.save writes for plain data: a zip archive, with a CRC of every entry."""
+    """Serialise plain data with torch.save: a zip archive with a CRC of every entry."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -94,7 +94,7 @@ def sha256(path: Path) -> str:
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
-    """The network of the checkpoint that was read from `path`, or the same network untrained.
+    """Build the network of a checkpoint read from `path`, trained or randomly initialised.
 
     Raises UserError if the weights do not fit the architecture that the checkpoint names.
     """

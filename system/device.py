@@ -1,4 +1,4 @@
-"""Device, precision and torch.compile selection; copies from the device."""
+"""Device, precision and torch.compile selection; device-to-host copies."""
 
 import logging
 import math
@@ -47,8 +47,8 @@ def select_device(name: str) -> torch.device:
 def select_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of convolutions and matrix products: a name of PRECISIONS, or `auto`.
 
-    `auto` is bfloat16 where the hardware multiplies it, which needs no care since its range is that
-    of float32; float16 on older GPUs, whose small range needs a gradient scaler; else float32.
+    `auto` is bfloat16 if the hardware supports it, which needs no loss scaling; float16 on older
+    GPUs, whose small range needs a gradient scaler; else float32.
     """
     if name != "auto":
         return PRECISIONS[name]
@@ -70,11 +70,10 @@ def precision_name(dtype: torch.dtype) -> str:
 def select_compile(
     choice: bool | str, device: torch.device, views: float, recompute: bool, world_size: int
 ) -> bool:
-    """Whether to use torch.compile in a run of `views` views of 32×32: true, false, or `auto`.
+    """Whether to use torch.compile: `choice` is True, False or "auto".
 
-    Each view size is compiled for itself, so `views` is that of the rarest size. `auto` compiles
-    where the run is long enough to pay for it (COMPILE_PAYS), and warns if that is not possible.
-    Raises ConfigError if `true` is not possible.
+    "auto" compiles where `views`, in views of 32×32, are enough to pay for it (COMPILE_PAYS), and
+    warns if that is not possible. Raises ConfigError if True is not possible.
     """
     enough = COMPILE_PAYS.get(device.type, math.inf)
     if choice is False or (choice == "auto" and views < enough):
@@ -88,7 +87,7 @@ def select_compile(
 
 
 def compile_obstacle(device: torch.device, recompute: bool, world_size: int) -> str | None:
-    """What prevents torch.compile here, found by trying it on one number; None: nothing.
+    """Why torch.compile is unavailable, or None; compiles a trivial function to find out.
 
     recompute: whether activations are recomputed in the backward pass.
     """

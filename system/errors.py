@@ -30,7 +30,7 @@ class ConfigError(UserError):
 
 
 class NotFinite(Exception):
-    """A training step whose loss or gradient is not finite; carries its metrics and its rate."""
+    """Raised for a non-finite loss or gradient; holds the step metrics and learning rate."""
 
     def __init__(self, step_metrics: dict[str, float], learning_rate: float) -> None:
         super().__init__("not finite")
@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Context manager that notes SIGTERM and SIGINT; one a second later ends the process.
+    """Record SIGTERM and SIGINT in the block; one a second later or more ends the process.
 
     A pre-emption by SLURM is a SIGTERM. A thread reads the signals: Python's own handlers wait for
     the main thread, which a backward pass keeps for a whole step. A launcher's signal reaches the
@@ -99,9 +99,9 @@ class StopSignals:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn user, system and memory errors into one line on stderr and an exit code.
+    """Print user, system and out-of-memory errors as one line on stderr, and exit with a code.
 
-    A bug keeps its traceback.
+    Other exceptions keep their traceback.
     """
     logging.raiseExceptions = False  # a log on a full disk: the terminal still has the message
     try:

@@ -1,4 +1,4 @@
-"""Files of a run directory: written whole or not at all, locked, and never lost."""
+"""Atomic writes, locks and archiving for run directories."""
 
 import errno
 import logging

@@ -1,1 +1,1 @@
-"""What a pretraining run is made of: optimizer, ranks, metrics, state, record."""
+"""Optimizers, distributed training, metrics, training state and its record."""

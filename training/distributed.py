@@ -46,7 +46,7 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Initialise and tear down the process group; each local rank takes the GPU of its number.
+    """Initialise and tear down the process group; each rank uses GPU `local_rank`.
 
     Rank 0 alone logs and draws progress bars. Raises UserError if a machine has fewer GPUs than
     local ranks.
@@ -76,7 +76,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def _fresh_store() -> tuple[dist.Store, int, int]:
-    """A store served by rank 0, new at each start of the ranks; rank; world size.
+    """Create a TCPStore on rank 0 for each (re)start; returns store, rank and world size.
 
     torchrun's own store can keep the addresses of ranks that ended before a restart (torch 2.14.1).
     It only passes the port of ours, read again until a server answers: an older port is dead.
@@ -127,7 +127,7 @@ def check_shards(
 
 
 def local_shard(x: Tensor, views: int = 1) -> Tensor:
-    """Columns of this rank: x (…, views·N) -> (…, views·n), n = N / world size, for N images."""
+    """Shard of the last dimension for this rank: x (…, views·N) -> (…, views·N / world size)."""
     return x.unflatten(-1, (views, -1)).chunk(world_size(), dim=-1)[rank()].flatten(-2)
 
 
@@ -186,12 +186,12 @@ def all_reduce_max(number: int) -> int:
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Block until all ranks reach this call."""
     all_reduce_max(0)
 
 
 def check_same(numbers: tuple[int, ...], what: str) -> None:
-    """Raise UserError, naming `what` the numbers are about, unless all ranks have the same."""
+    """Raise UserError, naming `what` they describe, unless `numbers` are equal on all ranks."""
     if any(all_reduce_max(number) != -all_reduce_max(-number) for number in numbers):
         raise UserError(f"the ranks see different {what}: it must be on a disk that all share")
 

@@ -1,4 +1,4 @@
-"""Training diagnostics: alignment, uniformity, spread, collapse detection; and their files."""
+"""Training diagnostics: alignment, uniformity, spread, collapse; metrics.jsonl, TensorBoard."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def spread(z: Tensor) -> Tensor:
 
 
 def collapsed(line: dict[str, float | None], batch_size: int, projection_dim: int) -> bool:
-    """Whether all images of an epoch had nearly the same embedding, judged by its means.
+    """Whether all images of an epoch had nearly the same embedding, from its means.
 
     That is: less than a tenth of the largest possible spread, and a contrastive accuracy of at
     most twice that of chance, 1 in 2N-1.
@@ -79,7 +79,7 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
-    """Read metrics.jsonl of a run directory, a dict an epoch. Raises UserError if it is missing."""
+    """Read metrics.jsonl of a run directory, a dict per epoch. Raises UserError if there is none."""
     try:
         *lines, _ = (run / "metrics.jsonl").read_text().split("\n")  # the last: cut, or empty
     except OSError as error:
@@ -88,13 +88,13 @@ def read_metrics(run: Path) -> list[dict[str, float | None]]:
 
 
 def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None:
-    """Write all of metrics.jsonl, 400 bytes an epoch, so that a crash never leaves half a line."""
+    """Write all of metrics.jsonl, 400 bytes per epoch, so that a crash never leaves half a line."""
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_file(run_dir / "metrics.jsonl", lines.encode())
 
 
 class TensorBoard:
-    """The lines of metrics.jsonl as TensorBoard scalars, one step an epoch."""
+    """The lines of metrics.jsonl as TensorBoard scalars, one step per epoch."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.writer, self.epoch = run_dir, None, 0

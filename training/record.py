@@ -47,14 +47,14 @@ class RunRecord:
     def recording(
         self, training: Training, saved: SavedState | None, start_over: bool
     ) -> Iterator[None]:
-        """Resume or start the run, record what the block trains, and handle how it ends.
+        """Resume or start the run, and save or report however the block ends.
 
         Raises UserError if the saved state does not fit, a step is not finite, or a file is not
         on disk in the end; Stopped after a signal, with the state saved if that was possible.
         """
         with self.stop:
             self._resume_or_start(training, saved, start_over)
-            done = training.epoch * self.steps + len(training.step_metrics)
+            done = training.epoch * self.steps + training.steps_done
             total = self.config["epochs"] * self.steps
             self.bar = tqdm(total=total, initial=done, unit="step", mininterval=1, delay=0.1)
             self.clock = time.perf_counter()
@@ -70,7 +70,7 @@ class RunRecord:
                 self.board.close()
 
     def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
-        """Record the metrics of a step, and stop the run if it has to end here.
+        """Record the metrics of a step; stop on a signal or a step that is not finite.
 
         They are read one step later, or at the end of the epoch, so that a GPU never waits for the
         CPU. Raises NotFinite for a step that was not; Stopped after a signal.
@@ -78,7 +78,7 @@ class RunRecord:
         previous, self.pending = self.pending, (start_copy(metrics), rate)
         self._read(training, previous)
         signal = self.stop.noted()
-        if signal or len(training.step_metrics) == self.steps - 1:
+        if signal or training.steps_done == self.steps - 1:
             previous, self.pending = self.pending, None
             self._read(training, previous)
         now = time.perf_counter()
@@ -139,7 +139,7 @@ class RunRecord:
         self.clock = time.perf_counter()
 
     def check_written(self) -> None:
-        """Raise UserError if a file is not on disk now."""
+        """Raise UserError if the last write of any file failed."""
         if self.unwritten:
             raise UserError("; ".join(self.unwritten.values()))
 
@@ -168,7 +168,7 @@ class RunRecord:
         return written
 
     def _save_on_signal(self, training: Training, signal: int) -> Stopped:
-        done = f"{len(training.step_metrics)} of {self.steps} steps"
+        done = f"{training.steps_done} of {self.steps} steps"
         where = f" in epoch {training.epoch + 1} after {done}"
         written = self._write_state(training)
         barrier()  # a rank that ends makes torchrun end the others
@@ -178,7 +178,7 @@ class RunRecord:
         return Stopped(signal, f"{where}; the state is saved: the {command} resumes the run")
 
     def _write_failure_report(self, training: Training, error: NotFinite) -> UserError:
-        i, n = len(training.step_metrics), self.config["batch_size"]
+        i, n = training.steps_done, self.config["batch_size"]
         loss, norm = (str(error.step_metrics[name]) for name in ("loss", "gradient_norm"))
         report = {
             "epoch": training.epoch + 1,
@@ -211,7 +211,7 @@ class RunRecord:
 
 
 def report_complete(run_dir: Path, saved: SavedState) -> dict[str, float | None]:
-    """Say that the run in `run_dir` is complete, and restore weights and metrics if missing.
+    """Log that the run in `run_dir` is complete, and restore weights and metrics if missing.
 
     Returns the metrics of its last epoch. Raises UserError if a file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The training state on disk, from which a stopped run continues as if it had never stopped."""
+"""Save and restore the training state, so that a stopped run continues bit for bit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__versio
 
 @dataclass
 class Training:
-    """What a run carries from step to step."""
+    """The state of a run: model, optimizer, scaler, random generator, progress."""
 
     model: SimCLR
     ddp_model: nn.Module  # the model, wrapped in DistributedDataParallel under torchrun
@@ -48,6 +48,11 @@ class Training:
             self.order = torch.randperm(len(images), device=images.device, generator=self.rng)
         return self.order
 
+    @property
+    def steps_done(self) -> int:
+        """Steps of the current epoch whose metrics are recorded."""
+        return len(self.step_metrics)
+
     def end_epoch(self, line: dict[str, float | None]) -> None:
         """Complete the current epoch with its line of metrics.jsonl."""
         self.epoch += 1
@@ -68,7 +73,7 @@ def save_state(
 ) -> None:
     """Write simclr_<backbone>_last.pt; if `keep`, the old one becomes …_previous.pt.
 
-    images: fingerprint of the training images. Takes about 8 bytes a weight on disk, twice.
+    images: fingerprint of the training images. Takes about 8 bytes per weight on disk, twice.
     Raises UserError if it cannot be written; the old state then stays.
     """
     content = {
@@ -118,7 +123,7 @@ def load_state(run_dir: Path) -> SavedState | None:
 def find_state(
     run_dir: Path, config: dict[str, Any], may_change: tuple[str, ...]
 ) -> SavedState | None:
-    """The state from which a run with this config resumes; None: there is no run yet.
+    """Load the state from which a run with this config resumes, or None for a new run.
 
     Raises UserError as `load_state`, or if the ranks see different states; ConfigError as
     `check_unchanged`.
@@ -152,8 +157,8 @@ def check_unchanged(
 def restore(training: Training, saved: SavedState, images: str) -> None:
     """Restore `training` from the saved state.
 
-    images: fingerprint of the training images. On another kind of device, whose generator is
-    another, views and order follow anew from the seed and the epoch. Raises UserError if the
+    images: fingerprint of the training images. On another device type the state of the random
+    generator cannot be restored; it is seeded anew from seed and epoch. Raises UserError if the
     images differ or the weights do not fit.
     """
     content = saved.content
@@ -188,5 +193,5 @@ def describe_resume(training: Training, saved: SavedState) -> str:
     change = f"; saved with {', '.join(other)}: identical only up to rounding" if other else ""
     if "device" in change:
         change += ", and with other views"
-    done = f"{training.epoch} epochs and {len(training.step_metrics)} steps are done"
+    done = f"{training.epoch} epochs and {training.steps_done} steps are done"
     return f"resumes from {saved.path}{instead}: {done}{change}"
