@@ -68,6 +68,9 @@ def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS) -> dict[str, Any]
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no CRC
             if (entry := archive.testzip()) is not None:
                 raise ValueError(f"wrong CRC of {entry}")
+            if any(entry.external_attr & 0x10 for entry in archive.infolist()):
+                # torch 2.14.1 takes it for a directory, and returns uninitialised memory
+                raise ValueError("an entry is marked as a directory")
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message tells how to execute it
         raise Damaged(f"{path} is no checkpoint: it is not the plain data of simclr.py") from None
