@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from images.datasets import DATASETS
 from models import BACKBONES
-from system.device import DEVICES, PRECISIONS, RECOMPUTED
+from system.device import DEVICES, PRECISIONS
 from system.errors import ConfigError, UserError, one_line_errors
 from training.optim import OPTIMIZERS
 
@@ -233,9 +233,9 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
         _refuse(cfg, "min_learning_rate", reason)
     if cfg.checkpoint is not None and cfg.load_epoch is not None:
         _refuse(cfg, "load_epoch", f"null beside checkpoint={cfg.checkpoint}, which names one file")
-    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
-    if pretraining and cfg.compile is True and recompute:
-        _refuse(cfg, "compile", f"false or auto {RECOMPUTED}")
+    if cfg.compile is True and (cfg.activation_checkpointing or cfg.micro_batch_size is not None):
+        # whose batch-norm bookkeeping torch.compile does not trace
+        _refuse(cfg, "compile", "false or auto with activation_checkpointing or micro_batch_size")
     return cfg
 
 

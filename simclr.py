@@ -133,8 +133,9 @@ def start_training(cfg: DictConfig, device: torch.device, total_steps: int) -> T
     # each size of the views is compiled for itself: the work of the least used one, in 32×32 views
     least = min(fraction * (size / 32) ** 2 for size, fraction in view_sizes(cfg))
     work = 2 * cfg.batch_size * total_steps * least
-    recompute = cfg.activation_checkpointing or cfg.micro_batch_size is not None
-    compiled = select_compile(cfg.compile, device, work, recompute, distributed.world_size())
+    plain = not cfg.activation_checkpointing and cfg.micro_batch_size is None
+    supported = plain and distributed.world_size() == 1
+    compiled = select_compile(cfg.compile, device, work, supported)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
     make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
@@ -156,8 +157,8 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         distributed.process_group(device),
         locked(run_dir, "simclr", needed=distributed.rank() == 0),
     ):
-        sharding = cfg.batch_size, cfg.micro_batch_size, cfg.sync_batchnorm
-        distributed.check_shards(*sharding, device)
+        sharding = cfg.batch_size, cfg.micro_batch_size, cfg.sync_batchnorm, cfg.compile
+        distributed.check_ranks(*sharding, device)
         resume = cfg.resume or distributed.is_elastic_restart()
         saved = find_state(run_dir, config, MAY_CHANGE) if resume else None
         if saved is not None and saved.content["epoch"] == cfg.epochs:
@@ -170,7 +171,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         training = start_training(cfg, device, cfg.epochs * steps)
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):
-            del saved  # frees a second copy of the weights
+            del saved  # frees a second copy of the weights, with record's
             log.info(
                 f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
                 f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"

@@ -20,6 +20,7 @@ from torch import Tensor
 import simclr
 from config import check_config, register_config
 from images.datasets import Split
+from training.distributed import all_reduce_max
 from training.state import Training
 
 
@@ -95,8 +96,9 @@ class NoRecord:
         self.step_metrics: list[dict[str, Tensor]] = []
 
     def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
-        """Keep the metrics, on the device."""
+        """Keep the metrics, on the device; ask the other ranks, as RunRecord does for signals."""
         self.step_metrics.append(metrics)
+        all_reduce_max(0)
 
     def end_epoch(self, training: Training, *line: object) -> None:
         """Complete the epoch and leave simclr.train."""
@@ -109,6 +111,7 @@ def train_epoch(cfg: DictConfig, training: Training, images: Tensor) -> list[dic
     record = NoRecord()
     with suppress(EpochEnd):
         simclr.train(cfg, training, images, None, record)
+    synchronize()
     return record.step_metrics
 
 

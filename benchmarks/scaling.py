@@ -41,7 +41,8 @@ def time_steps(backbone: str, batch: int, repeats: int) -> dict[str, list[float]
     """Seconds of training steps with and without communication, in this process."""
     device = select_device("auto")
     sync = f"sync_batchnorm={str(device.type == 'cuda').lower()}"
-    cfg = config(f"backbone={backbone}", f"batch_size={batch}", sync, "compile=false")
+    sizes = f"backbone={backbone}", f"batch_size={batch}", "epochs=1000000"
+    cfg = config(*sizes, sync, "compile=false")
     if device.type == "cpu":
         torch.set_num_threads(1)
     with distributed.process_group(device):

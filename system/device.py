@@ -19,10 +19,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 # compile and is 9 % faster after that: break-even is at 120,000 views (benchmarks/step.py
 # --compile). On a GPU this is an estimate: 200 epochs of CIFAR-10.
 COMPILE_PAYS = {"cpu": 200_000, "cuda": 20_000_000}
-RECOMPUTED = (
-    "with activation_checkpointing=true or micro_batch_size, whose batch-norm bookkeeping "
-    "torch.compile does not trace"
-)
 
 
 def select_device(name: str) -> torch.device:
@@ -30,18 +26,18 @@ def select_device(name: str) -> torch.device:
 
     Raises ConfigError for a device that this machine does not have.
     """
-    found = [
-        torch.cuda.is_available() and "cuda",
-        torch.backends.mps.is_available() and "mps",
-        "cpu",
-    ]
-    found = [device for device in found if device]
-    if name not in ("auto", *found):
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    devices = [device for device, there in available.items() if there]
+    if name not in ("auto", *devices):
         raise ConfigError(
-            f"device={name!r}: must be one that this machine has, {', '.join(found)}, "
+            f"device={name!r}: must be one that this machine has, {', '.join(devices)}, "
             "or auto, which takes the first of them"
         )
-    return torch.device(found[0] if name == "auto" else name)
+    return torch.device(devices[0] if name == "auto" else name)
 
 
 def select_precision(name: str, device: torch.device) -> torch.dtype:
@@ -56,51 +52,41 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     if device.type == "cpu":  # without these torch takes bfloat16 too, but slower than float32
-        found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
-        if found.get("avx512_bf16") or found.get("amx_bf16"):
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
 
 
 def precision_name(dtype: torch.dtype) -> str:
     """The name of a dtype in PRECISIONS."""
-    return next(name for name, found in PRECISIONS.items() if found == dtype)
+    return next(name for name, precision in PRECISIONS.items() if precision == dtype)
 
 
 def select_compile(
-    choice: bool | str, device: torch.device, views: float, recompute: bool, world_size: int
+    choice: bool | str, device: torch.device, views: float, supported: bool = True
 ) -> bool:
     """Whether to use torch.compile: `choice` is True, False or "auto".
 
     "auto" compiles where `views`, in views of 32×32, are enough to pay for it (COMPILE_PAYS), and
-    warns if that is not possible. Raises ConfigError if True is not possible.
+    `supported` is true: it is not with recomputed activations or several ranks. A trivial function
+    is compiled first, since a compiler, Python's headers or triton may be missing, or fail: "auto"
+    then warns, and True raises ConfigError.
     """
-    enough = COMPILE_PAYS.get(device.type, math.inf)
-    if choice is False or (choice == "auto" and views < enough):
+    pays = supported and views >= COMPILE_PAYS.get(device.type, math.inf)
+    if choice is False or (choice == "auto" and not pays):
         return False
-    obstacle = compile_obstacle(device, recompute, world_size)
-    if obstacle is not None and choice == "auto":
-        log.warning(f"warning: compile=auto does not compile {obstacle}")
-    elif obstacle is not None:
-        raise ConfigError(f"compile=true: must be false or auto {obstacle}")
-    return obstacle is None
-
-
-def compile_obstacle(device: torch.device, recompute: bool, world_size: int) -> str | None:
-    """Why torch.compile is unavailable, or None; compiles a trivial function to find out.
-
-    recompute: whether activations are recomputed in the backward pass.
-    """
-    if recompute:
-        return RECOMPUTED
-    if world_size > 1:
-        return f"with {world_size} ranks, for which it has not been tried"
-    try:  # a compiler, Python's headers, triton or a newer GPU may be missing, or may not work
+    try:
         torch.compile(lambda x: x.sin())(torch.zeros(2, device=device))
     except Exception as error:
-        reason = " ".join(str(error).split())
-        return f"on this machine ({type(error).__name__}: {reason[:200]})"
-    return None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if choice is True:
+            raise ConfigError(
+                f"compile=true: must be false or auto on this machine ({reason})"
+            ) from None
+        log.warning(f"warning: compile=auto does not compile on this machine ({reason})")
+        return False
+    return True
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -117,8 +117,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         what = str(error).split(". ")[0]
         _end(
-            f"error: out of memory ({what}): lower batch_size, or keep it in pretraining with "
-            "activation_checkpointing=true or a micro_batch_size that divides it",
+            f"error: out of memory ({what}): take activation_checkpointing=true; or a smaller "
+            "batch_size, or a micro_batch_size that divides it, with resume=false",
             1,
         )
     except OSError as error:

@@ -68,7 +68,7 @@ def locked(run_dir: Path, name: str, needed: bool = True) -> Iterator[None]:
     """Hold the lock `run_dir`/.<name>.lock within the block; does nothing unless `needed`.
 
     The operating system releases the lock when the process ends, however it ends; the empty file
-    stays. Warns on a file system without locks. Raises UserError if another process holds the
+    may stay. Warns on a file system without locks. Raises UserError if another process holds the
     lock or the file cannot be written.
     """
     lock = FileLock(run_dir / f".{name}.lock", fallback_to_soft=False)
@@ -102,6 +102,9 @@ def move_aside(run_dir: Path) -> Path | None:
     while (aside := run_dir / f"old-{number}").exists():
         number += 1
     aside.mkdir()
+    for handler in logging.getLogger().handlers:  # reopen the log here, where a later message goes
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
     for path in files:
         path.rename(aside / path.name)
     return aside

@@ -217,22 +217,28 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_the_batch_makes_equal_shards(monkeypatch):
-    distributed.check_shards(6, None, True, CPU)
+    distributed.check_ranks(6, None, True, True, CPU)
     with pytest.raises(ConfigError, match="micro_batch_size=4: must divide the 6 images of each"):
-        distributed.check_shards(6, 4, True, CPU)
+        distributed.check_ranks(6, 4, True, False, CPU)
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    distributed.check_shards(32, 2, False, CPU)
+    distributed.check_ranks(32, 2, False, "auto", CPU)
     with pytest.raises(ConfigError, match="batch_size=24: must be a multiple of 16, four images"):
-        distributed.check_shards(24, None, False, CPU)
+        distributed.check_ranks(24, None, False, False, CPU)
     with pytest.raises(ConfigError, match="micro_batch_size=3: must divide the 8 images"):
-        distributed.check_shards(32, 3, False, CPU)
+        distributed.check_ranks(32, 3, False, False, CPU)
+
+
+def test_compile_true_is_refused_on_several_ranks(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="compile=true: must be false or auto with 2 ranks"):
+        distributed.check_ranks(32, None, False, True, CPU)
 
 
 def test_synchronised_batch_norm_is_refused_on_several_ranks_without_gpus(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    distributed.check_shards(32, None, True, CUDA)
+    distributed.check_ranks(32, None, True, "auto", CUDA)
     with pytest.raises(ConfigError, match=r"sync_batchnorm=true: needs GPUs.*set sync_batchnorm=f"):
-        distributed.check_shards(32, None, True, CPU)
+        distributed.check_ranks(32, None, True, False, CPU)
 
 
 def test_on_gpus_batch_norm_is_torchs_synchronised_one(monkeypatch, thin):

@@ -144,8 +144,9 @@ def test_when_memory_is_too_small_one_line_names_the_three_ways_out(
         simclr.pretrain(cfg(f"activation_checkpointing={recompute}"), tmp_path)
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 1 and line.startswith("error: out of memory (CUDA out of memory): ")
-    for way in ("batch_size", "micro_batch_size", "activation_checkpointing=true"):
+    for way in ("smaller batch_size", "micro_batch_size", "activation_checkpointing=true"):
         assert way in line
+    assert line.endswith("with resume=false")
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_and_saves_when_there_is_room(
@@ -247,7 +248,7 @@ def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):
     assert capsys.readouterr().err.endswith("xxx: File name too long\n")
     with pytest.raises(SystemExit), one_line_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
-    said = "error: out of memory (CUDA out of memory): lower batch_size, or keep it"
+    said = "error: out of memory (CUDA out of memory): take activation_checkpointing=true; or"
     assert capsys.readouterr().err.startswith(said)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")):
         with pytest.raises(SystemExit), one_line_errors():
@@ -272,6 +273,22 @@ def test_nothing_is_made_of_a_run_that_is_ended_before_it_begins(cfg, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         simclr.pretrain(cfg(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".simclr.lock", "images"}
+
+
+def test_a_signal_before_the_first_step_ends_the_run_without_one(cfg, tmp_path, monkeypatch):
+    """As while a state is read: no step is begun, which may take a minute to compile."""
+    steps, move = [], record.move_aside
+
+    def interrupted(run_dir):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        return move(run_dir)
+
+    monkeypatch.setattr(record, "move_aside", interrupted)
+    monkeypatch.setattr(simclr, "train_step", lambda *args: steps.append(args))
+    with pytest.raises(Stopped, match="in epoch 1 after 0 of 3 steps; the state is saved"):
+        simclr.pretrain(cfg("resume=false"), tmp_path)
+    assert steps == []
 
 
 def start(folder, *overrides, script="tests/thin_simclr.py", **options):

@@ -101,13 +101,18 @@ def _fresh_store() -> tuple[dist.Store, int, int]:
             return store, rank, world_size
 
 
-def check_shards(
-    batch_size: int, micro_batch_size: int | None, sync_batchnorm: bool, device: torch.device
+def check_ranks(
+    batch_size: int,
+    micro_batch_size: int | None,
+    sync_batchnorm: bool,
+    compile_choice: bool | str,
+    device: torch.device,
 ) -> None:
-    """Raise ConfigError unless every rank gets an equal shard, in equal micro-batches.
+    """Raise ConfigError for values that do not fit the number of ranks.
 
-    Shards are multiples of four images, since four neighbours share the places of the hue shift
-    (`random_views`). torch's SyncBatchNorm exists on GPUs only.
+    Every rank gets an equal shard, in equal micro-batches. Shards are multiples of four images,
+    since four neighbours share the places of the hue shift (`random_views`). torch's SyncBatchNorm
+    exists on GPUs only.
     """
     if world_size() > 1 and batch_size % (4 * world_size()):
         raise ConfigError(
@@ -123,6 +128,11 @@ def check_shards(
         raise ConfigError(
             f"sync_batchnorm=true: needs GPUs, and {world_size()} ranks run on {device.type}: set "
             "sync_batchnorm=false for batch-norm statistics of each rank's own shard"
+        )
+    if world_size() > 1 and compile_choice is True:
+        raise ConfigError(
+            f"compile=true: must be false or auto with {world_size()} ranks, for which it has not "
+            "been tried"
         )
 
 

@@ -79,7 +79,7 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
-    """Read metrics.jsonl of a run directory, a dict per epoch. Raises UserError if there is none."""
+    """Read metrics.jsonl of a run directory, a dict per epoch. Raises UserError without one."""
     try:
         *lines, _ = (run / "metrics.jsonl").read_text().split("\n")  # the last: cut, or empty
     except OSError as error:

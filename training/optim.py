@@ -98,8 +98,8 @@ def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int
     views cost less and come first; evaluation uses the full size.
     """
     end = 0.0
-    for pixels, share in view_sizes:
-        end += share
+    for pixels, fraction in view_sizes:
+        end += fraction
         if step < round(end * total_steps):
             return int(pixels)
     return int(pixels)  # fractions that sum to a little less than 1

@@ -54,12 +54,14 @@ class RunRecord:
         """
         with self.stop:
             self._resume_or_start(training, saved, start_over)
+            del saved  # frees a second copy of the weights, with the caller's
             done = training.epoch * self.steps + training.steps_done
             total = self.config["epochs"] * self.steps
             self.bar = tqdm(total=total, initial=done, unit="step", mininterval=1, delay=0.1)
             self.clock = time.perf_counter()
             try:
                 with self.bar:
+                    self.stop.check()
                     yield
                 self.check_written()
             except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""Save and restore the training state, so that a stopped run continues bit for bit."""
+"""Save and restore the training state, from which a stopped run continues as the same run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
