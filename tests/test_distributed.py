@@ -134,7 +134,7 @@ def wait_for(folder, count: int) -> None:
 
 @pytest.fixture
 def job(write_images, tmp_path, config, thin):
-    """job.folder, job.arguments for the command line, job.cfg for this process."""
+    """job.folder, job.arguments for the command line, job.cfg and job.single for this process."""
     data = write_images(tmp_path / "images", train=16, test=3)
     keys = [
         "dataset=folder", f"data_dir={data}", "image_size=8", "batch_size=16", "epochs=60",
@@ -146,6 +146,7 @@ def job(write_images, tmp_path, config, thin):
         folder = tmp_path / "run"
         arguments = (*keys, f"hydra.run.dir={folder}")
         cfg = config(*keys)
+        single = config(*keys, "micro_batch_size=8")  # what two ranks compute, in one process
 
     return Job
 
@@ -173,7 +174,7 @@ def test_a_run_goes_on_after_a_kill_and_signals_with_other_numbers_of_processes(
     assert len(boards) == 4  # two processes, started twice; four; one: by process 0 alone
     single = tmp_path / "single"
     single.mkdir()
-    simclr.pretrain(job.cfg, single)
+    simclr.pretrain(job.single, single)
     ours, whole = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (job.folder, single)
