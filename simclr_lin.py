@@ -11,6 +11,7 @@ copy. Hyperparameters are chosen on training images; the test set is scored once
 the terminal, to simclr_lin.log, results.json and results.md.
 """
 
+import hashlib
 import logging
 import os
 from collections import defaultdict
@@ -30,7 +31,7 @@ from evaluation.features import build_encoder
 from evaluation.protocols import protocols_for, run_protocols
 from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
-from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint, sha256
+from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import locked
@@ -69,7 +70,7 @@ def evaluate(
     results = {
         **report.headline(rows),
         "checkpoint": str(checkpoint),
-        "sha256": sha256(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "epoch": saved["epoch"],
         "backbone": saved["config"]["backbone"],
         "dataset": cfg.dataset,
@@ -146,11 +147,9 @@ def make_task(
         train = Split(train.images[index], train.labels[index], train.classes)
     size = saved["config"]["image_size"]
     enc, feature_dim = build_encoder(saved, path, encoder, seed)
-    candidates = [
-        {"learning_rate": rate, "weight_decay": decay}
-        for rate in as_list(cfg.finetune_learning_rate)
-        for decay in as_list(cfg.finetune_weight_decay)
-    ]
+    choices = cfg.finetune_learning_rate, cfg.finetune_weight_decay  # each a value or a list
+    choices = (list(c) if isinstance(c, ListConfig) else [c] for c in choices)
+    candidates = [{"learning_rate": r, "weight_decay": d} for r, d in product(*choices)]
     return EvaluationTask(
         enc.to(test_images.device),
         feature_dim,
@@ -167,11 +166,6 @@ def make_task(
         select_precision(cfg.precision, test_images.device),
         seed,
     )
-
-
-def as_list(value: float | ListConfig) -> list[float]:
-    """A value, or a list of values to choose from, as a list."""
-    return list(value) if isinstance(value, ListConfig) else [value]
 
 
 register_config()

@@ -5,7 +5,6 @@ enc, feature_dim = load_encoder("simclr_resnet18_epoch1000.pt")
 h = enc(images)  # (N, 3, 32, 32) in [0, 1] -> (N, feature_dim)
 """
 
-import hashlib
 import io
 import pickle
 import re
@@ -89,11 +88,6 @@ def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS) -> dict[str, Any]
         if saved["config"].get(key) is None:
             raise Damaged(f"{path} was not written by simclr.py: its config lacks {key}")
     return saved
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:

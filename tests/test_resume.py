@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, views, stops):
         run("stopped", stop=stop)
     assert outcome(run("stopped")) == outcome(whole)
     assert len(views) == 9 and all(map(torch.equal, views, seen))
+
+
+def test_a_saved_state_is_freed_once_it_is_restored(run, monkeypatch):
+    """It is a second copy of the weights."""
+    weights, alive = [], []
+    restore, log_step = record.restore, record.RunRecord.log_step
+
+    def keep(training, saved, images):
+        weights.append(weakref.ref(saved.content["model"]["projector.0.weight"]))
+        restore(training, saved, images)
+
+    def look(self, *step):
+        alive.extend(weight() is not None for weight in weights)
+        log_step(self, *step)
+
+    monkeypatch.setattr(record, "restore", keep)
+    monkeypatch.setattr(record.RunRecord, "log_step", look)
+    run("stopped", stop=4)
+    run("stopped")
+    assert alive == [False] * 5
 
 
 def test_lars_is_resumed_with_its_velocity(run):

@@ -1,6 +1,7 @@
 """Evaluation: frozen, on h, all labels, nothing chosen on the test set; and what it writes."""
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -18,7 +19,7 @@ import simclr_lin
 from config import PROTOCOLS
 from evaluation import classifiers, protocols
 from models import SimCLR
-from system.checkpoint import load_checkpoint, sha256
+from system.checkpoint import load_checkpoint
 from system.errors import ConfigError, UserError
 
 PEAK = "finetune_learning_rate"
@@ -77,7 +78,7 @@ def test_results_are_written_with_their_source(evaluate, checkpoint):
     results = evaluate("protocols=[knn,linear]")
     assert json.loads((checkpoint.parent / "results.json").read_text()) == results
     assert results["epoch"] == 2 and results["checkpoint"] == str(checkpoint)
-    assert results["sha256"] == sha256(checkpoint)
+    assert results["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert results["config"] == load_checkpoint(checkpoint)["config"]
     assert results["evaluation_config"]["seed"] == 42
     assert results["evaluation_config"]["protocols"] == ["knn", "linear"]
@@ -102,7 +103,10 @@ def test_results_are_written_with_their_source(evaluate, checkpoint):
 def test_the_table_is_written_to_be_pasted(evaluate, checkpoint):
     results = evaluate("runs=2", "finetune_learning_rate=[0.002,0.01]")
     text = (checkpoint.parent / "results.md").read_text()
-    assert sha256(checkpoint) in text and "24 labelled training images, 9 test images" in text
+    assert (
+        hashlib.sha256(checkpoint.read_bytes()).hexdigest() in text
+        and "24 labelled training images, 9 test images" in text
+    )
     table = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0] == ["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run",
