@@ -267,11 +267,15 @@ def test_a_log_on_a_full_disk_is_no_traceback(tmp_path):
 
 def test_nothing_is_made_of_a_run_that_is_ended_before_it_begins(cfg, tmp_path, monkeypatch):
     """Ctrl-C while images are read: there is nothing to save yet."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     monkeypatch.setattr(
         simclr, "load_pretraining", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT)
     )
-    with pytest.raises(KeyboardInterrupt):
-        simclr.pretrain(cfg(), tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simclr.pretrain(cfg(), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert {path.name for path in tmp_path.iterdir()} == {".simclr.lock", "images"}
 
 
