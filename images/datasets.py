@@ -49,6 +49,8 @@ def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers
     resized to (image_size, image_size) here. Nothing is written but the download to `data_dir`.
     Raises UserError, with the file and the remedy, if data is missing or damaged.
     """
+    if split not in ("pretrain", "train", "test"):
+        raise ValueError(f"unknown split {split!r}: choose one of pretrain, train, test")
     if dataset == "digits":
         return _digits(split)
     if dataset == "folder":
