@@ -48,10 +48,10 @@ def compare(runs: list[dict[str, Any]]) -> str:
     lines = [["run", *differing, "epochs", "kNN, training", "linear, test", "kNN, test"]]
     short = {Path(run["run"]).name for run in runs}
     for run in sorted(runs, key=lambda run: -(run["knn_acc"] or -1)):
-        found = run["knn_acc"], run["results"].get("linear_acc"), run["results"].get("knn_acc")
+        values = run["knn_acc"], run["results"].get("linear_acc"), run["results"].get("knn_acc")
         epochs = f"{run['epoch']} of {run['config']['epochs']}"
         settings = [str(run["config"].get(key)) for key in differing]
-        accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in found]
+        accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in values]
         name = Path(run["run"]).name if len(short) == len(runs) else run["run"]
         lines.append([name, *settings, epochs, *accuracies])
     return markdown(lines)
@@ -65,9 +65,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     args = parser.parse_args()
     with one_line_errors():
-        folders = [run for run in args.runs if run.is_dir()]  # Hydra leaves a file beside them
-        runs = [run for run in folders if (run / "config.yaml").is_file()] or folders
-        for run in set(folders) - set(runs):
+        directories = [run for run in args.runs if run.is_dir()]  # Hydra leaves a file beside them
+        runs = [run for run in directories if (run / "config.yaml").is_file()] or directories
+        for run in set(directories) - set(runs):
             print(f"left out {run}, which has no config.yaml", file=sys.stderr)
         if not runs:
             raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")

@@ -100,10 +100,10 @@ def predict(
     """
     device = select_device(cfg.device)
     saved, size = open_checkpoint(cfg, checkpoint, given)
-    folder = Path(os.path.expanduser(cfg.predict))
-    if not folder.is_dir():
-        raise UserError(f"predict={cfg.predict}: there is no directory {folder}")
-    files, images = load_images(folder, size, cfg.workers)
+    directory = Path(os.path.expanduser(cfg.predict))
+    if not directory.is_dir():
+        raise UserError(f"predict={cfg.predict}: there is no directory {directory}")
+    files, images = load_images(directory, size, cfg.workers)
     train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
     task = make_task(cfg, saved, checkpoint, "checkpoint", train, images.to(device), cfg.seed)
     [(_, result, _)] = run_protocols(["linear"], task)

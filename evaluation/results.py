@@ -66,8 +66,8 @@ def per_class(runs: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float | None]:
     """The checkpoint's linear and kNN accuracy in [0, 1], from `summarise`; None: not evaluated."""
-    found = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
-    linear, knn = found.get("linear", {}), found.get("knn", {})
+    rows_by_name = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
+    linear, knn = rows_by_name.get("linear", {}), rows_by_name.get("knn", {})
     return {
         "linear_acc": linear.get("accuracy"),
         "linear_top5": linear.get("top5"),

@@ -161,11 +161,11 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
     try:
         if dataset == "stl10":
             name = {"pretrain": "unlabeled"}.get(split, split)
-            found = source(data_dir, split=name, download=True)
-            images, labels = found.data, found.labels
+            downloaded = source(data_dir, split=name, download=True)
+            images, labels = downloaded.data, downloaded.labels
         else:
-            found = source(data_dir, train=split != "test", download=True)
-            images, labels = found.data.transpose(0, 3, 1, 2), found.targets
+            downloaded = source(data_dir, train=split != "test", download=True)
+            images, labels = downloaded.data.transpose(0, 3, 1, 2), downloaded.targets
     except UNFETCHED as error:
         raise UserError(
             f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
@@ -174,7 +174,7 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): delete it") from None
     labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(found.classes))
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(downloaded.classes))
 
 
 def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
@@ -188,7 +188,7 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
         )
     images, labels = [], []
     for label, name in enumerate(classes):
-        files, found = load_images(root / name, image_size, workers, within=data_dir)
-        images.append(found)
+        files, pixels = load_images(root / name, image_size, workers, within=data_dir)
+        images.append(pixels)
         labels += [label] * len(files)
     return Split(torch.cat(images), torch.tensor(labels), classes)

@@ -123,8 +123,8 @@ def find_checkpoint(run_dir: Path, backbone: str, epoch: int | None) -> Path:
     """
     if epoch is None:
         names = [path.name for path in run_dir.glob(f"simclr_{backbone}_epoch*.pt")]
-        found = [re.fullmatch(r".*_epoch(\d+)\.pt", name) for name in names]
-        epoch = max((int(match[1]) for match in found if match), default=None)
+        matches = [re.fullmatch(r".*_epoch(\d+)\.pt", name) for name in names]
+        epoch = max((int(match[1]) for match in matches if match), default=None)
     if epoch is not None and (path := run_dir / checkpoint_name(backbone, epoch)).is_file():
         return path
     wanted = f"{backbone} after epoch {epoch}" if epoch is not None else backbone
