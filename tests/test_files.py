@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import resource
 import signal
@@ -184,3 +185,15 @@ def test_files_of_a_run_are_moved_and_no_others(tmp_path):
     (tmp_path / "config.yaml").write_text("new")
     assert move_aside(tmp_path) == tmp_path / "old-2"
     assert (tmp_path / "old-1" / "config.yaml").read_text() == "config.yaml"
+
+
+def test_an_open_log_is_moved_with_the_old_run_and_the_new_run_has_its_own(tmp_path, monkeypatch):
+    """A message may have opened it before the old files are moved."""
+    log = logging.FileHandler(tmp_path / "simclr.log", delay=True)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [log])
+    logging.getLogger().warning("before")
+    move_aside(tmp_path)
+    logging.getLogger().warning("after")
+    log.close()
+    assert (tmp_path / "old-1" / "simclr.log").read_text() == "before\n"
+    assert (tmp_path / "simclr.log").read_text() == "after\n"

@@ -132,6 +132,15 @@ def test_a_saved_state_is_freed_once_it_is_restored(run, monkeypatch):
     assert alive == [False] * 5
 
 
+def test_the_ranks_compare_the_states_that_they_see(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(state, "check_same", lambda numbers, what: seen.append((numbers, what)))
+    run("run", stop=5)
+    run("run")
+    found = f"training states in {run('run')}"
+    assert seen == [((-1, 0), found), ((1, 2), found), ((3, 0), found)]
+
+
 def test_lars_is_resumed_with_its_velocity(run):
     settings = "optimizer=lars", "warmup_epochs=1", "learning_rate=4", "micro_batch_size=4"
     whole = run("whole", *settings)

@@ -585,6 +585,14 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
         for steps, expected in ((enough - 1, False), (enough, True)):
             training = simclr.start_training(toy(*overrides), torch.device("cpu"), steps)
             assert training.compiled == expected
+    long = 10**9
+    for override in ("activation_checkpointing=true", "micro_batch_size=4"):
+        training = simclr.start_training(toy(override), torch.device("cpu"), long)
+        assert not training.compiled
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr.distributed, "world_size", lambda: 2)
+        patch.setattr(simclr.distributed, "wrap_ddp", lambda model, sync: model)
+        assert not simclr.start_training(toy(), torch.device("cpu"), long).compiled
     compiled.clear()
     training = simclr.start_training(toy("compile=true"), torch.device("cpu"), 1)
     assert compiled == [training.model, simclr.random_views] and training.compiled
