@@ -347,6 +347,7 @@ def test_metrics_have_each_epoch_once_whatever_a_crash_left(run):
     folder = run("run", "save_minutes=0", stop=4)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 2}\n{"epoch": 3}\n{"epo')
+    assert lines(run("run", "save_minutes=0", stop=1)) == lines(whole)[:1]  # already at the start
     assert lines(run("run", "save_minutes=0")) == lines(whole)
 
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from models import SimCLR, nt_xent
 from system.checkpoint import load_checkpoint
 from system.device import precision_name, select_precision
 from system.errors import ConfigError, UserError
+from training import record
 from training.metrics import alignment, uniformity
 from training.record import RunRecord
 
@@ -309,6 +312,25 @@ def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkey
     assert {line["knn_acc"] for line in metrics(without)} == {None}
     a, b = (load_checkpoint(f / "simclr_resnet18_epoch5.pt")["model"] for f in (with_knn, without))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_seconds_are_those_of_the_steps_without_knn_and_saving(run, monkeypatch):
+    clock = [0.0]
+
+    def takes(seconds, function):
+        def slow(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(simclr, "train_step", takes(1, simclr.train_step))
+    monkeypatch.setattr(simclr, "held_out_knn", takes(100, simclr.held_out_knn))
+    monkeypatch.setattr(record, "save_state", takes(1000, record.save_state))
+    timer = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic)
+    monkeypatch.setattr(record, "time", timer)
+    lines = metrics(run("epochs=3", "knn_interval=1", "save_minutes=0"))
+    assert [line["seconds"] for line in lines] == [3, 3, 3]
 
 
 def test_the_held_out_tenth_is_the_same_for_every_seed(run, monkeypatch):
