@@ -1,7 +1,8 @@
 """The config: how simclr_config.yml reaches Hydra, and which values each key may have."""
 
 import math
-from collections.abc import Callable
+from argparse import Action, ArgumentParser
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,64 +16,48 @@ from images.datasets import DATASETS
 from models import BACKBONES
 from system.device import DEVICES, PRECISIONS
 from system.errors import ConfigError, UserError, one_line_errors
+from system.rules import AUTO, NULL, PATH, YES_OR_NO, Rule, either, integer, list_of, number, one_of
 from training.optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
 PROTOCOLS = ("knn", "linear", "linear_clean", "logistic", "finetune")
 BASELINES = ("random", "pixels")
 
-Rule = tuple[Callable[[Any], bool], str]  # a test of the value; what is allowed, in words
-
 
 def register_config() -> None:
     """Register simclr_config.yml with Hydra under the name `simclr_config`.
 
     Hydra 1.2 and later look for `.yaml` only; a node in the ConfigStore is found whatever its
-    file is called. `per_256` and `times_root` are the linear and the square-root scaling rule of
-    the learning rate (App. B.1), which OmegaConf, having no arithmetic, cannot write itself.
+    file is called. Each of its `recipes` becomes a choice of the config group `recipe`, whose
+    values replace those of the file; the command line comes last. `per_256` and `times_root` are
+    the linear and the square-root scaling rule of the learning rate (App. B.1), which OmegaConf,
+    having no arithmetic, cannot write itself.
     """
     rules = {"per_256": lambda base, n: base * n / 256, "times_root": lambda base, n: base * n**0.5}
     for name, rule in rules.items():
         OmegaConf.register_new_resolver(name, rule, replace=True)
-    ConfigStore.instance().store(name="simclr_config", node=OmegaConf.load(CONFIG_FILE))
+    config, store = OmegaConf.load(CONFIG_FILE), ConfigStore.instance()
+    for name, values in config.pop("recipes").items():
+        node = {"recipe": name, **(values or {})}
+        store.store(group="recipe", name=name, node=node, package="_global_")
+    store.store(name="simclr_config", node=config)
+    _skip_check_of_lazy_help()
 
 
-def _one_of(names: tuple[str, ...]) -> Rule:
-    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
+def _skip_check_of_lazy_help() -> None:
+    """Let Hydra start where argparse checks help texts as they are registered (Python 3.14).
 
+    Hydra up to 1.3.8 registers one that is no string but is made when printed (hydra issue 3121).
+    """
+    check = getattr(ArgumentParser, "_check_help", None)
+    if check is not None and not hasattr(check, "__wrapped__"):
 
-def _integer(low: int, high: int = 10**9) -> Rule:
-    allowed = f"an integer from {low} to {high}"
-    return lambda value: type(value) is int and low <= value <= high, allowed
+        @wraps(check)
+        def check_strings(parser: ArgumentParser, action: Action) -> None:
+            if isinstance(action.help, str):
+                check(parser, action)
 
-
-def _number(low: float, high: float = math.inf, above: bool = False, below: bool = False) -> Rule:
-    """A finite number between `low` and `high`; `above` and `below` exclude the ends."""
-
-    def ok(value: Any) -> bool:
-        ends = ([] if above else [low]) + ([] if below else [high])
-        number = type(value) in (int, float) and math.isfinite(value)
-        return number and (low < value < high or value in ends)
-
-    allowed = f"a number {'above' if above else 'from'} {low:g}"
-    if high < math.inf:
-        allowed += f" {'and below' if below else 'to'} {high:g}"
-    return ok, allowed
-
-
-def _either(*rules: Rule) -> Rule:
-    allowed = ", or ".join(allowed for _, allowed in rules)
-    return lambda value: any(ok(value) for ok, _ in rules), allowed
-
-
-def _list_of(rule: Rule, least: int = 1) -> Rule:
-    """A list without repetitions."""
-
-    def ok(value: Any) -> bool:
-        values = isinstance(value, list) and len(value) >= least and all(map(rule[0], value))
-        return values and len(set(value)) == len(value)
-
-    return ok, f"a list, {'[…]' if least else '[] or […]'}, of {rule[1]}"
+        ArgumentParser._check_help = check_strings
 
 
 def _is_pair(value: Any, first: Rule, second: Rule) -> bool:
@@ -90,15 +75,8 @@ def _are_view_sizes(value: Any) -> bool:
     return few and math.isclose(sum(fraction for _, fraction in value), 1, abs_tol=0.01)
 
 
-NULL: Rule = (lambda value: value is None, "null")
-YES_OR_NO: Rule = (lambda value: isinstance(value, bool), "true or false")
-PATH: Rule = (
-    lambda value: isinstance(value, str) and bool(value.strip()),
-    "a path, in quotes of its own if it looks like a number",
-)
-AUTO: Rule = (lambda value: value == "auto", "auto")
-PIXELS, PROBABILITY, FRACTION = _integer(8, 1024), _number(0, 1), _number(0, 1, above=True)
-RATE, DECAY = _number(0, above=True), _number(0)
+PIXELS, PROBABILITY, FRACTION = integer(8, 1024), number(0, 1), number(0, 1, above=True)
+RATE, DECAY = number(0, above=True), number(0)
 
 CROP_SCALE: Rule = (
     _is_crop_scale,
@@ -110,57 +88,61 @@ VIEW_SIZES: Rule = (
 )
 
 RULES: dict[str, Rule] = {
-    "dataset": _one_of(DATASETS),
+    "recipe": PATH,  # a name, which Hydra checks
+    "dataset": one_of(DATASETS),
     "data_dir": PATH,
     "image_size": PIXELS,
-    "workers": _integer(1, 1024),
-    "backbone": _one_of(tuple(BACKBONES)),
-    "projection_dim": _integer(1, 65536),
-    "hidden_dim": _integer(1, 65536),
+    "workers": integer(1, 1024),
+    "backbone": one_of(tuple(BACKBONES)),
+    "projection_dim": integer(1, 65536),
+    "hidden_dim": integer(1, 65536),
     "cifar_stem": YES_OR_NO,
+    "init": either(NULL, PATH),
     "crop_scale": CROP_SCALE,
     "flip_probability": PROBABILITY,
-    "color_strength": _number(0, 2.5),  # a hue shift of more than half a turn means nothing
+    "color_strength": number(0, 2.5),  # a hue shift of more than half a turn means nothing
     "grayscale_probability": PROBABILITY,
-    "view_sizes": _either(NULL, VIEW_SIZES),
-    "seed": _integer(0, 2**32 - 1),
-    "device": _one_of(DEVICES),
-    "precision": _one_of(("auto", *PRECISIONS)),
-    "compile": _either(AUTO, YES_OR_NO),
+    "blur_probability": PROBABILITY,
+    "view_sizes": either(NULL, VIEW_SIZES),
+    "seed": integer(0, 2**32 - 1),
+    "device": one_of(DEVICES),
+    "precision": one_of(("auto", *PRECISIONS)),
+    "compile": either(AUTO, YES_OR_NO),
     "activation_checkpointing": YES_OR_NO,
     "sync_batchnorm": YES_OR_NO,
-    "batch_size": _integer(2),  # a batch of one has no negatives
-    "micro_batch_size": _either(NULL, _integer(1)),
-    "epochs": _integer(1),
-    "log_interval": _integer(1),
-    "knn_interval": _integer(0),
-    "save_minutes": _number(0),
+    "batch_size": integer(2),  # a batch of one has no negatives
+    "micro_batch_size": either(NULL, integer(1)),
+    "epochs": integer(1),
+    "log_interval": integer(1),
+    "knn_interval": integer(0),
+    "save_minutes": number(0),
     "resume": YES_OR_NO,
-    "temperature": _number(0, above=True),
-    "optimizer": _one_of(OPTIMIZERS),
+    "temperature": number(0, above=True),
+    "optimizer": one_of(OPTIMIZERS),
     "learning_rate": RATE,
-    "warmup_epochs": _integer(0),
-    "min_learning_rate": _number(0),
-    "momentum": _number(0, 1, below=True),
+    "warmup_epochs": integer(0),
+    "min_learning_rate": number(0),
+    "momentum": number(0, 1, below=True),
     "weight_decay": DECAY,
-    "checkpoint": _either(NULL, PATH),
-    "load_epoch": _either(NULL, _integer(1)),
-    "protocols": _list_of(_one_of(PROTOCOLS)),
-    "baselines": _list_of(_one_of(BASELINES), least=0),
-    "labels": _either(NULL, _number(0, 1, above=True, below=True), _integer(1)),
-    "runs": _integer(1, 1000),
-    "finetune_epochs": _integer(1),
-    "finetune_views": _integer(1),
-    "finetune_learning_rate": _either(RATE, _list_of(RATE)),
-    "finetune_weight_decay": _either(DECAY, _list_of(DECAY)),
-    "predict": _either(NULL, PATH),
+    "checkpoint": either(NULL, PATH),
+    "load_epoch": either(NULL, integer(1)),
+    "protocols": list_of(one_of(PROTOCOLS)),
+    "baselines": list_of(one_of(BASELINES), least=0),
+    "labels": either(NULL, number(0, 1, above=True, below=True), integer(1)),
+    "runs": integer(1, 1000),
+    "finetune_epochs": integer(1),
+    "finetune_views": integer(1),
+    "finetune_learning_rate": either(RATE, list_of(RATE)),
+    "finetune_weight_decay": either(DECAY, list_of(DECAY)),
+    "predict": either(NULL, PATH),
 }
 KEYS = tuple(RULES)
 # Keys that may change when a run is resumed: where and how it is computed, not what. Instead of
-# data_dir a checksum of the images is compared, of precision what `auto` stands for.
+# data_dir a checksum of the images is compared, of precision what `auto` stands for, of a recipe
+# its values.
 MAY_CHANGE = (
-    "data_dir", "workers", "device", "compile", "activation_checkpointing", "log_interval",
-    "knn_interval", "save_minutes", "resume", *KEYS[KEYS.index("checkpoint") :],
+    "recipe", "data_dir", "workers", "device", "compile", "activation_checkpointing",
+    "log_interval", "knn_interval", "save_minutes", "resume", *KEYS[KEYS.index("checkpoint") :],
 )  # fmt: skip
 
 

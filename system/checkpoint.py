@@ -22,6 +22,9 @@ from system.files import write_file
 # The config keys that define the network and the size of its input.
 ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image_size")
 
+# Config keys that files of earlier versions lack, and what those versions did.
+ADDED = {"init": None, "blur_probability": 0.0}
+
 PARTS = {"model": dict, "config": dict, "epoch": int}
 FORMAT = 1  # of checkpoints; files without a number have this one
 
@@ -87,7 +90,7 @@ def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS) -> dict[str, Any]
     for key in ARCHITECTURE:
         if saved["config"].get(key) is None:
             raise Damaged(f"{path} was not written by simclr.py: its config lacks {key}")
-    return saved
+    return {**saved, "config": {**ADDED, **saved["config"]}}
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
