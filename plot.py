@@ -34,11 +34,12 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
-from config import MAY_CHANGE, check_values, register_config
+from config import MAY_CHANGE, RULES, check_values, register_config
 from evaluation.features import clean_features
 from images.augment import draw, random_views
 from images.datasets import Split, draw_stratified, load_split, resize
 from system.checkpoint import find_checkpoint, load_encoder
+from system.commandline import describe_refusal
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import write_file
@@ -219,7 +220,7 @@ def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
     except OSError:
         raise UserError(f"{run} is not a run directory: it has no config.yaml") from None
     except HydraException as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(describe_refusal(error, RULES)) from None
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from config import MAY_CHANGE, check_config, register_config, run_directory
+from config import MAY_CHANGE, RULES, check_config, register_config, run_directory
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
 from models import SimCLR, nt_xent
+from system.commandline import run_command
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
 from system.errors import one_line_errors
 from system.files import locked
@@ -173,11 +174,12 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         with record.recording(training, saved, start_over=not resume):
             del saved  # frees a second copy of the weights, with record's
             log.info(
-                f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
-                f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"
+                f"{len(images):,} images of {cfg.dataset}, {cfg.backbone}, recipe {cfg.recipe}, on "
+                f"{device} in {precision}, {'compiled' if training.compiled else 'not compiled'}, "
+                f"in {run_dir}"
             )
             train(cfg, training, images, knn, record)
-    return log_summary(run_dir, cfg.backbone, training.history)
+    return log_summary(run_dir, config, training.history)
 
 
 register_config()
@@ -194,4 +196,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, RULES)

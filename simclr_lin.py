@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
-from config import check_config, register_config, run_directory
+from config import RULES, check_config, register_config, run_directory
 from evaluation import results as report
 from evaluation.classifiers import EvaluationTask
 from evaluation.features import build_encoder
@@ -32,6 +32,7 @@ from evaluation.protocols import protocols_for, run_protocols
 from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
 from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
+from system.commandline import run_command
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import locked
@@ -189,4 +190,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, RULES)

@@ -12,6 +12,7 @@ import torch
 
 from models import SimCLR
 from system.checkpoint import (
+    ADDED,
     ARCHITECTURE,
     Damaged,
     checkpoint_name,
@@ -22,7 +23,7 @@ from system.checkpoint import (
 )
 from system.errors import UserError
 
-CONFIG = {"seed": 1, **dict.fromkeys(ARCHITECTURE, 8)}
+CONFIG = {"seed": 1, **dict.fromkeys(ARCHITECTURE, 8), **ADDED}
 
 
 @pytest.fixture
