@@ -179,8 +179,8 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     for key in ("checkpoint", "load_epoch", "labels", "predict") if pretraining else ():
         if cfg[key] is not None:  # would be ignored, and looks like a resume
             _refuse(
-                cfg, key, "null for simclr.py, which starts from random weights and trains on no "
-                "label; simclr_lin.py evaluates a checkpoint",
+                cfg, key, "null for simclr.py, which trains on no label; simclr_lin.py evaluates a "
+                "checkpoint, and init=PATH starts pretraining from one",
             )  # fmt: skip
     smallest = min([cfg.image_size, *(pixels for pixels, _ in cfg.view_sizes or [])])
     if not cfg.cifar_stem and smallest < 32:

@@ -25,6 +25,7 @@ from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
 from models import SimCLR, nt_xent
+from system.checkpoint import load_init
 from system.commandline import run_command
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
 from system.errors import one_line_errors
@@ -118,13 +119,14 @@ def view_sizes(cfg: DictConfig) -> list[list[float]]:
     return cfg.view_sizes or [[cfg.image_size, 1.0]]
 
 
-def start_training(cfg: DictConfig, device: torch.device, total_steps: int) -> Training:
-    """Build model, optimizer and random state for a new run, all from cfg.seed."""
+def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool = True) -> Training:
+    """Build model, optimizer and random state from cfg.seed; the encoder of a new run starts from
+    cfg.init. steps: of all epochs. Raises UserError as `load_init`."""
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.manual_seed(cfg.seed)  # initial weights
-    widths = cfg.projection_dim, cfg.hidden_dim
     memory = cfg.activation_checkpointing, cfg.micro_batch_size
-    model = SimCLR(cfg.backbone, *widths, cfg.cifar_stem, *memory)
+    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem, *memory)
+    init = load_init(model.enc, cfg.init) if new and cfg.init is not None else None
     model = model.to(device, memory_format=torch.channels_last).train()
     dtype = select_precision(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -133,15 +135,14 @@ def start_training(cfg: DictConfig, device: torch.device, total_steps: int) -> T
     rng = torch.Generator(device).manual_seed(cfg.seed)
     # each size of the views is compiled for itself: the work of the least used one, in 32×32 views
     least = min(fraction * (size / 32) ** 2 for size, fraction in view_sizes(cfg))
-    work = 2 * cfg.batch_size * total_steps * least
-    plain = not cfg.activation_checkpointing and cfg.micro_batch_size is None
-    supported = plain and distributed.world_size() == 1
+    work = 2 * cfg.batch_size * steps * least
+    supported = memory == (False, None) and distributed.world_size() == 1
     compiled = select_compile(cfg.compile, device, work, supported)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
     make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
-    return Training(model, ddp_model, optimizer, scaler, rng, dtype, make_views, compiled)
+    return Training(model, ddp_model, optimizer, scaler, rng, dtype, make_views, compiled, init)
 
 
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
@@ -169,7 +170,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
             images, fingerprint, knn = load_pretraining(*source, knn=cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
         steps = len(images) // cfg.batch_size
-        training = start_training(cfg, device, cfg.epochs * steps)
+        training = start_training(cfg, device, cfg.epochs * steps, new=saved is None)
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):
             del saved  # frees a second copy of the weights, with record's

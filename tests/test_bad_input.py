@@ -528,6 +528,59 @@ def test_bad_checkpoints_and_evaluations_are_refused(refuse, trained, tmp_path, 
     assert not list(tmp_path.rglob("sprung"))
 
 
+BAD_INITS = {
+    "no such file": (lambda: None, "no checkpoint x.pth: . has no .pt file"),
+    "a directory": (lambda: Path("x.pth").mkdir(), "no checkpoint x.pth"),
+    "empty": (lambda: Path("x.pth").write_bytes(b""), "x.pth is damaged or no checkpoint"),
+    "text": (lambda: Path("x.pth").write_text("text"), "x.pth is damaged or no checkpoint"),
+    "truncated": (
+        lambda: [Path(WEIGHTS).rename("x.pth"), cut(Path("x.pth"))],
+        "x.pth is damaged or no checkpoint",
+    ),
+    "tampered": (
+        lambda: [tampered(WEIGHTS), Path(WEIGHTS).rename("x.pth")],
+        "x.pth is damaged or no checkpoint (wrong CRC of ",
+    ),
+    "from the future": (
+        lambda: [
+            rewrite(WEIGHTS, lambda s: {**s, "format": 2}),
+            Path(WEIGHTS).rename("x.pth"),
+        ],
+        "x.pth has format 2, this version reads 1",
+    ),
+    "malicious": (
+        lambda: torch.save({"model": Trap()}, "x.pth"),
+        "x.pth is no checkpoint: it is not the plain data of simclr.py or of a state dict",
+    ),
+    "malicious pickle": (
+        lambda: Path("x.pth").write_bytes(pickle.dumps(Trap(), protocol=2)),
+        "x.pth is no checkpoint: it is not the plain data",
+    ),
+    "another pickle": (
+        lambda: Path("x.pth").write_bytes(pickle.dumps(Trap())),
+        "x.pth is damaged or no checkpoint (File is not a zip file)",
+    ),
+    "a list": (lambda: torch.save([1], "x.pth"), "init=x.pth: must hold a checkpoint of"),
+    "nothing": (lambda: torch.save({}, "x.pth"), "init=x.pth: must hold a checkpoint of"),
+    "no tensors": (lambda: torch.save({"a": 1}, "x.pth"), "init=x.pth: must hold a checkpoint"),
+    "no names": (lambda: torch.save({1: torch.ones(1)}, "x.pth"), "init=x.pth: must hold a"),
+    "no model": (lambda: torch.save({"model": 1}, "x.pth"), "init=x.pth: must hold a checkpoint"),
+    "another encoder": (
+        lambda: torch.save({"weight": torch.ones(1)}, "x.pth"),
+        "init=x.pth: does not fit the encoder (Error(s) in loading state_dict for ResNet: Missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INITS)
+def test_bad_starting_points_are_refused(refuse, trained, tmp_path, case):
+    spoil, message = BAD_INITS[case]
+    spoil()
+    refuse(1, message, PRETRAIN, *TRAIN, "init=x.pth", "resume=false")  # which moves nothing
+    refuse(1, message, PRETRAIN, *TRAIN, "init=x.pth", "hydra.run.dir=elsewhere")
+    assert not list(tmp_path.rglob("sprung"))
+
+
 LAST, PREVIOUS = (f"{RUN}/simclr_resnet18_{name}.pt" for name in ("last", "previous"))
 BAD_STATES = {
     "another config": (
@@ -580,4 +633,5 @@ def test_bad_states_are_refused_with_the_ways_on(refuse, trained, tmp_path, case
 
 
 def test_there_are_sixty_cases_and_more():
-    assert len(BAD) + sum(map(len, (BAD_DATA, BAD_DOWNLOADS, BAD_CHECKPOINTS, BAD_STATES))) > 120
+    files = BAD_DATA, BAD_DOWNLOADS, BAD_CHECKPOINTS, BAD_INITS, BAD_STATES
+    assert len(BAD) + sum(map(len, files)) > 120

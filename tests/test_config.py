@@ -164,6 +164,7 @@ BAD = [
     ("min_learning_rate", "-1", "from 0"),
     ("momentum", "1", "from 0 and below 1"),
     ("weight_decay", "-1e-6", "from 0"),
+    ("init", "''", "null, or a path"),
     ("data_dir", "' '", "a path"),
     ("data_dir", "2024", "a path, in quotes of its own"),
     ("load_epoch", "0", "null, or an integer from 1"),
@@ -282,6 +283,8 @@ def test_keys_of_the_evaluation_are_refused_in_pretraining(config):
         with pytest.raises(ConfigError, match=rf"{override}: must be null for simclr\.py"):
             config(override)
         config(override, peak="finetune_learning_rate")
+    with pytest.raises(ConfigError, match="init=PATH starts pretraining from one"):
+        config("checkpoint=x.pt")
 
 
 def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys):

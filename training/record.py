@@ -157,6 +157,8 @@ class RunRecord:
         elif self.writes:
             if start_over and (aside := move_aside(self.run_dir)) is not None:
                 log.info(f"moved the files of the earlier run to {aside}")
+            if training.init is not None:  # here, in the log of this run
+                log.info(training.init)
             self._write_state(training)
             self.check_written()
         if self.writes:
