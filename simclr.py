@@ -32,8 +32,9 @@ from system.errors import one_line_errors
 from system.files import locked
 from training import distributed
 from training.distributed import all_reduce_mean, local_shard
+from training.graph import GraphedStep
 from training.metrics import alignment, spread, uniformity
-from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
+from training.optim import cosine_learning_rate, make_optimizer, view_size
 from training.record import RunRecord, log_summary, report_complete
 from training.state import Training, find_state
 
@@ -86,15 +87,19 @@ def train(
     learner = training.ddp_model, training.optimizer, training.scaler
     colors = cfg.color_strength, cfg.grayscale_probability
     augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
+
+    def step(batch: Tensor, noise: Tensor, size: int) -> dict[str, Tensor]:
+        views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
+        return train_step(*learner, views, cfg.temperature, training.dtype)
+
+    run_step = GraphedStep(step, training.optimizer, eager=not training.graphed)
     while training.epoch < cfg.epochs:
         order = training.start_epoch(images)
         for i in range(training.steps_done, steps):  # from 0, but in a resumed epoch
             learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
             batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, uint8
             noise = local_shard(draw(2 * n, training.rng), views=2)  # columns: all views 1, views 2
-            views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
-            set_learning_rate(training.optimizer, learning_rate)
-            metrics = train_step(*learner, views, cfg.temperature, training.dtype)
+            metrics = run_step(batch, noise, size, learning_rate)
             record.log_step(training, all_reduce_mean(metrics), learning_rate)
 
         epoch, knn_acc = training.epoch + 1, None
@@ -141,8 +146,10 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
     make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
+    graphed = device.type == "cuda" and supported and fused
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
-    return Training(model, ddp_model, optimizer, scaler, rng, dtype, make_views, compiled, init)
+    fixed = model, ddp_model, optimizer, scaler, rng, dtype, make_views
+    return Training(*fixed, compiled, graphed, init)
 
 
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
