@@ -165,7 +165,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
             return report_complete(run_dir, saved)
         source = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
         with distributed.local_rank_zero_first():
-            images, fingerprint, knn = load_pretraining(*source, knn=cfg.knn_interval > 0)
+            images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
         steps = len(images) // cfg.batch_size
         training = start_training(cfg, device, cfg.epochs * steps)
@@ -176,6 +176,8 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
                 f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
                 f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"
             )
+            for remark in remarks:
+                log.info(remark)
             train(cfg, training, images, knn, record)
     return log_summary(run_dir, cfg.backbone, training.history)
 
