@@ -174,7 +174,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
             return report_complete(run_dir, saved)
         source = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
         with distributed.local_rank_zero_first():
-            images, fingerprint, knn = load_pretraining(*source, knn=cfg.knn_interval > 0)
+            images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
         steps = len(images) // cfg.batch_size
         training = start_training(cfg, device, cfg.epochs * steps, new=saved is None)
@@ -186,6 +186,8 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
                 f"{device} in {precision}, {'compiled' if training.compiled else 'not compiled'}, "
                 f"in {run_dir}"
             )
+            for remark in remarks:
+                log.info(remark)
             train(cfg, training, images, knn, record)
     return log_summary(run_dir, config, training.history)
 

@@ -61,7 +61,8 @@ def evaluate(
     for encoder, seed in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
         task = make_task(cfg, saved, checkpoint, encoder, train, test.images, cfg.seed + seed)
         if not scored:  # nothing can be refused any more
-            log.info(f"{name}, on {cfg.dataset}, {device}")
+            for line in (f"{name}, on {cfg.dataset}, {device}", *train.remarks, *test.remarks):
+                log.info(line)
         names = protocols_for(encoder, cfg.protocols, seed > 0, cfg.labels is not None)
         for protocol, result, seconds in run_protocols(names, task):
             outcome = report.score(result, test.labels.cpu(), seconds)
@@ -111,6 +112,8 @@ def predict(
     probability, label = result.scores.softmax(dim=1).max(dim=1)
     classes = [train.classes[best] for best in label.tolist()]
     path = report.write_predictions(out_dir, files, classes, probability.tolist())
+    for remark in train.remarks:
+        log.info(remark)
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
     return path
 

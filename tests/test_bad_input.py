@@ -171,7 +171,31 @@ BAD_DATA = {
     ),
     "no class": (
         lambda: (Path("images/train").rename("x"), Path("images/train").mkdir()),
-        "images/train has no folder in it: each class needs one",
+        "images/train has no image: add some, for labels in images/train/<class>/",
+    ),
+    "no image but notes": (
+        lambda: (
+            Path("images/train").rename("x"),
+            Path("images/train").mkdir(),
+            Path("images/train/notes.txt").write_text("notes"),
+        ),
+        "images/train has no image but notes.txt: add some",
+    ),
+    "empty folders alone": (
+        lambda: (Path("images/train").rename("x"), Path("images/train/a/b").mkdir(parents=True)),
+        "train/a has no image: add some",
+    ),
+    "damaged image in no class": (
+        lambda: Path("images/train/x.png").write_bytes(b""),
+        "images/train/x.png cannot be read as an image",
+    ),
+    "link outside in no class": (
+        lambda: link("images/train/x.png", __file__),
+        "images/train/x.png is a link out of images",
+    ),
+    "one image in no class": (
+        lambda: (Path("images/train").rename("x"), picture("train/a.png")),
+        "there is 1 training image: a batch takes two or more",
     ),
     "empty class": (
         lambda: Path("images/train/empty").mkdir(),
@@ -491,6 +515,25 @@ BAD_CHECKPOINTS = {
         ],
         1,
         "there is one class, class0: a classifier needs two or more",
+        [],
+    ),
+    "no classes": (
+        lambda: (Path("images/train").rename("x"), picture("train/a.png")),
+        1,
+        "images/train has images in no class folder (a.png): labels are needed, each image in "
+        "data_dir/train/<class>/ or data_dir/test/<class>/",
+        [],
+    ),
+    "no classes to predict": (
+        lambda: (picture("train/a.png"), picture("mine/b.png")),
+        1,
+        "images/train has images in no class folder (a.png): labels are needed",
+        ["predict=images/mine"],
+    ),
+    "an image beside the classes": (
+        lambda: [picture(f"test/{n}.png") for n in range(4)],
+        1,
+        "images/test has images in no class folder (0.png, 1.png, 2.png and 1 more): labels",
         [],
     ),
     "no test images": (
