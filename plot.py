@@ -86,9 +86,10 @@ def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8)
     rng, size = torch.Generator().manual_seed(cfg.seed), cfg.image_size
     chosen = images[torch.randperm(len(images), generator=rng)[:rows]].cpu()
     views = random_views(
-        chosen.repeat_interleave(columns, 0), draw(columns * len(chosen), rng), size,
+        chosen.repeat_interleave(columns, 0),
+        draw(columns * len(chosen), rng, cfg.blur_probability > 0), size,
         tuple(cfg.crop_scale), cfg.flip_probability, cfg.color_strength,
-        cfg.grayscale_probability,
+        cfg.grayscale_probability, cfg.blur_probability,
     ).unflatten(0, (len(chosen), columns))  # fmt: skip
     grid = [[image, *own] for image, own in zip(resize(chosen, size), views, strict=True)]
     return image_grid("An image and random views of it: any two make a positive pair", grid)[0]

@@ -82,14 +82,14 @@ def train(
     n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
     total_steps = cfg.epochs * steps
     learner = training.ddp_model, training.optimizer, training.scaler
-    colors = cfg.color_strength, cfg.grayscale_probability
+    colors = cfg.color_strength, cfg.grayscale_probability, cfg.blur_probability
     augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
     while training.epoch < cfg.epochs:
         order = training.start_epoch(images)
         for i in range(training.steps_done, steps):  # from 0, but in a resumed epoch
             learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
             batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, uint8
-            noise = local_shard(draw(2 * n, training.rng), views=2)  # columns: all views 1, views 2
+            noise = local_shard(draw(2 * n, training.rng, cfg.blur_probability > 0), views=2)
             views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
             set_learning_rate(training.optimizer, learning_rate)
             metrics = train_step(*learner, views, cfg.temperature, training.dtype)
