@@ -123,7 +123,7 @@ def plot_neighbours(
     nearest = cosine.topk(min(columns, len(h)), dim=1).indices
     pairs = list(zip(queries, nearest, strict=True))
     title = "Test images and the training images nearest to them: blue, the same class; orange, not"
-    grid = [[*resize(test.images[q, None], size), *resize(train.images[i], size)] for q, i in pairs]
+    grid = [[*resize(test.images[[q]], size), *resize(train.images[i], size)] for q, i in pairs]
     figure, axes = image_grid(title, grid)
     for row, (q, index) in zip(axes, pairs, strict=True):
         row[0].set_ylabel(test.classes[test.labels[q]], rotation=0, ha="right", va="center")

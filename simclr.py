@@ -24,6 +24,7 @@ from config import MAY_CHANGE, check_config, register_config, run_directory
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
+from images.host import Images, batches, describe
 from models import SimCLR, nt_xent
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
 from system.errors import one_line_errors
@@ -74,7 +75,7 @@ def train_step(
 def train(
     cfg: DictConfig,
     training: Training,
-    images: Tensor,
+    images: Images,
     knn: tuple[Split, Tensor, Tensor] | None,
     record: RunRecord,
 ) -> None:
@@ -85,10 +86,10 @@ def train(
     colors = cfg.color_strength, cfg.grayscale_probability, cfg.blur_probability
     augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
     while training.epoch < cfg.epochs:
-        order = training.start_epoch(images)
-        for i in range(training.steps_done, steps):  # from 0, but in a resumed epoch
+        order, done = training.start_epoch(len(images)), training.steps_done  # 0 unless resumed
+        rows = local_shard(order[: steps * n].view(steps, n))[done:]  # indices, a row a step
+        for i, batch in enumerate(batches(images, rows), done):  # N×3×H×W, uint8
             learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
-            batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, uint8
             noise = local_shard(draw(2 * n, training.rng, cfg.blur_probability > 0), views=2)
             views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
             set_learning_rate(training.optimizer, learning_rate)
@@ -173,7 +174,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         with record.recording(training, saved, start_over=not resume):
             del saved  # frees a second copy of the weights, with record's
             log.info(
-                f"{len(images):,} images of {cfg.dataset}, {cfg.backbone} on {device} in "
+                f"{describe(images, cfg.dataset)}, {cfg.backbone} on {device} in "
                 f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"
             )
             train(cfg, training, images, knn, record)
