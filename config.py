@@ -1,8 +1,6 @@
 """The config: how simclr_config.yml reaches Hydra, and which values each key may have."""
 
 import math
-from argparse import Action, ArgumentParser
-from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from images.datasets import DATASETS
 from models import BACKBONES
+from system.commandline import no_such_key, skip_check_of_lazy_help
 from system.device import DEVICES, PRECISIONS
 from system.errors import ConfigError, UserError, one_line_errors
 from system.rules import AUTO, NULL, PATH, YES_OR_NO, Rule, either, integer, list_of, number, one_of
@@ -37,27 +36,11 @@ def register_config() -> None:
     for name, rule in rules.items():
         OmegaConf.register_new_resolver(name, rule, replace=True)
     config, store = OmegaConf.load(CONFIG_FILE), ConfigStore.instance()
-    for name, values in config.pop("recipes").items():
+    for name, values in OmegaConf.to_container(config.pop("recipes")).items():
         node = {"recipe": name, **(values or {})}
         store.store(group="recipe", name=name, node=node, package="_global_")
     store.store(name="simclr_config", node=config)
-    _skip_check_of_lazy_help()
-
-
-def _skip_check_of_lazy_help() -> None:
-    """Let Hydra start where argparse checks help texts as they are registered (Python 3.14).
-
-    Hydra up to 1.3.8 registers one that is no string but is made when printed (hydra issue 3121).
-    """
-    check = getattr(ArgumentParser, "_check_help", None)
-    if check is not None and not hasattr(check, "__wrapped__"):
-
-        @wraps(check)
-        def check_strings(parser: ArgumentParser, action: Action) -> None:
-            if isinstance(action.help, str):
-                check(parser, action)
-
-        ArgumentParser._check_help = check_strings
+    skip_check_of_lazy_help()
 
 
 def _is_pair(value: Any, first: Rule, second: Rule) -> bool:
@@ -170,7 +153,7 @@ def check_values(cfg: DictConfig) -> DictConfig:
     """
     for key in cfg:  # Hydra refuses an unknown key itself, unless it is added with +key=value
         if key not in RULES and key != "hydra":
-            raise ConfigError(f"{key}: no such key; there are {', '.join(RULES)}")
+            raise ConfigError(no_such_key(key, RULES))
     return OmegaConf.create({key: _checked(cfg, key) for key in RULES})
 
 
@@ -196,8 +179,8 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     for key in ("checkpoint", "load_epoch", "labels", "predict") if pretraining else ():
         if cfg[key] is not None:  # would be ignored, and looks like a resume
             _refuse(
-                cfg, key, "null for simclr.py, which starts from random weights and trains on no "
-                "label; simclr_lin.py evaluates a checkpoint",
+                cfg, key, "null for simclr.py, which trains on no label; simclr_lin.py evaluates a "
+                "checkpoint, and init=PATH starts pretraining from one",
             )  # fmt: skip
     smallest = min([cfg.image_size, *(pixels for pixels, _ in cfg.view_sizes or [])])
     if not cfg.cifar_stem and smallest < 32:

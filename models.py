@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import resnet18, resnet34, resnet50, resnet101, resnet152
+from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-BACKBONES = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-}
+NAMES = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
+    "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
+)  # fmt: skip
+BACKBONES = {name: getattr(resnet, name) for name in NAMES}  # torchvision's
 
 
 class SimCLR(nn.Module):

@@ -34,11 +34,12 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
-from config import MAY_CHANGE, check_values, register_config
+from config import MAY_CHANGE, RULES, check_values, register_config
 from evaluation.features import clean_features
 from images.augment import draw, random_views
 from images.datasets import Split, draw_stratified, load_split, resize
 from system.checkpoint import find_checkpoint, load_encoder
+from system.commandline import describe_refusal
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import write_file
@@ -105,10 +106,8 @@ def plot_embedding(h: Tensor, labels: Tensor, classes: list[str]) -> Figure:
         own = points[(labels == label).cpu().numpy()]
         style = {"color": COLORS[label % 10], "marker": MARKERS[(label // 10 + label) % 10]}
         axis.scatter(*own.T, s=16, alpha=0.9, linewidths=0, rasterized=True, label=name, **style)
-    axis.set(
-        title=f"Representations h of {len(h):,} test images", xlabel="t-SNE 1", ylabel="t-SNE 2",
-        xticks=[], yticks=[],
-    )  # fmt: skip
+    axis.set(title=f"Representations h of {len(h):,} test images", xticks=[], yticks=[],
+             xlabel="t-SNE 1", ylabel="t-SNE 2")  # fmt: skip
     if len(classes) <= 20:  # more would fill the picture
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     return figure
@@ -167,15 +166,18 @@ def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
 
 def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Figure]]:
     """The pictures that need the encoder: embedding and neighbours, from the newest checkpoint."""
-    device = select_device(cfg.device)
+    device, size = select_device(cfg.device), cfg.image_size
     enc, _ = load_encoder(find_checkpoint(run, cfg.backbone, None))
     enc = enc.to(device, memory_format=torch.channels_last)
-    train, test = (
-        load_split(cfg.dataset, cfg.data_dir, split, cfg.image_size, cfg.workers).to(device)
-        for split in ("train", "test")
-    )
-    size, dtype = cfg.image_size, select_precision(cfg.precision, device)
-    h, test_h = (clean_features(enc, s.images, size, cfg.batch_size, dtype) for s in (train, test))
+    data = cfg.dataset, cfg.data_dir
+    try:
+        splits = [load_split(*data, name, size, cfg.workers) for name in ("train", "test")]
+    except UserError as error:
+        print(f"neither embedding nor neighbours: {error}")
+        return
+    train, test = (split.to(device) for split in splits)
+    inference = size, cfg.batch_size, select_precision(cfg.precision, device)
+    h, test_h = (clean_features(enc, split.images, *inference) for split in (train, test))
     chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
     if len(chosen) > 3:
         yield "embedding", plot_embedding(test_h[chosen], test.labels[chosen], test.classes)
@@ -220,14 +222,13 @@ def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
     except OSError:
         raise UserError(f"{run} is not a run directory: it has no config.yaml") from None
     except HydraException as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(describe_refusal(error, RULES)) from None
 
 
 def main() -> None:
     """Draw all pictures that can be drawn, and print their paths."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("arguments", nargs="*", metavar="RUN or key=value")
     parser.add_argument("--out", type=Path, help="directory for the pictures; default: the run's")
     args = parser.parse_args()

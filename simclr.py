@@ -20,19 +20,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from config import MAY_CHANGE, check_config, register_config, run_directory
+from config import MAY_CHANGE, RULES, check_config, register_config, run_directory
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
 from images.host import Images, batches, describe
 from models import SimCLR, nt_xent
+from system.checkpoint import load_init
+from system.commandline import run_command
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
 from system.errors import one_line_errors
 from system.files import locked
 from training import distributed
 from training.distributed import all_reduce_mean, local_shard
+from training.graph import GraphedStep
 from training.metrics import alignment, spread, uniformity
-from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
+from training.optim import cosine_learning_rate, make_optimizer, view_size
 from training.record import RunRecord, log_summary, report_complete
 from training.state import Training, find_state
 
@@ -85,15 +88,19 @@ def train(
     learner = training.ddp_model, training.optimizer, training.scaler
     colors = cfg.color_strength, cfg.grayscale_probability, cfg.blur_probability
     augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
+
+    def step(batch: Tensor, noise: Tensor, size: int) -> dict[str, Tensor]:
+        views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
+        return train_step(*learner, views, cfg.temperature, training.dtype)
+
+    run_step = GraphedStep(step, training.optimizer, eager=not training.graphed)
     while training.epoch < cfg.epochs:
         order, done = training.start_epoch(len(images)), training.steps_done  # 0 unless resumed
         rows = local_shard(order[: steps * n].view(steps, n))[done:]  # indices, a row a step
         for i, batch in enumerate(batches(images, rows), done):  # N×3×H×W, uint8
             learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
             noise = local_shard(draw(2 * n, training.rng, cfg.blur_probability > 0), views=2)
-            views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
-            set_learning_rate(training.optimizer, learning_rate)
-            metrics = train_step(*learner, views, cfg.temperature, training.dtype)
+            metrics = run_step(batch, noise, size, learning_rate)
             record.log_step(training, all_reduce_mean(metrics), learning_rate)
 
         epoch, knn_acc = training.epoch + 1, None
@@ -118,13 +125,14 @@ def view_sizes(cfg: DictConfig) -> list[list[float]]:
     return cfg.view_sizes or [[cfg.image_size, 1.0]]
 
 
-def start_training(cfg: DictConfig, device: torch.device, total_steps: int) -> Training:
-    """Build model, optimizer and random state for a new run, all from cfg.seed."""
+def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool = True) -> Training:
+    """Build model, optimizer and random state from cfg.seed; the encoder of a new run starts from
+    cfg.init. steps: of all epochs. Raises UserError as `load_init`."""
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.manual_seed(cfg.seed)  # initial weights
-    widths = cfg.projection_dim, cfg.hidden_dim
     memory = cfg.activation_checkpointing, cfg.micro_batch_size
-    model = SimCLR(cfg.backbone, *widths, cfg.cifar_stem, *memory)
+    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem, *memory)
+    init = load_init(model.enc, cfg.init) if new and cfg.init is not None else None
     model = model.to(device, memory_format=torch.channels_last).train()
     dtype = select_precision(cfg.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -133,15 +141,16 @@ def start_training(cfg: DictConfig, device: torch.device, total_steps: int) -> T
     rng = torch.Generator(device).manual_seed(cfg.seed)
     # each size of the views is compiled for itself: the work of the least used one, in 32×32 views
     least = min(fraction * (size / 32) ** 2 for size, fraction in view_sizes(cfg))
-    work = 2 * cfg.batch_size * total_steps * least
-    plain = not cfg.activation_checkpointing and cfg.micro_batch_size is None
-    supported = plain and distributed.world_size() == 1
+    work = 2 * cfg.batch_size * steps * least
+    supported = memory == (False, None) and distributed.world_size() == 1
     compiled = select_compile(cfg.compile, device, work, supported)
     if compiled:
         model.compile(dynamic=False)  # in place: the names in its state dict stay
     make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
+    graphed = device.type == "cuda" and supported and fused
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
-    return Training(model, ddp_model, optimizer, scaler, rng, dtype, make_views, compiled)
+    fixed = model, ddp_model, optimizer, scaler, rng, dtype, make_views
+    return Training(*fixed, compiled, graphed, init)
 
 
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
@@ -166,19 +175,21 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
             return report_complete(run_dir, saved)
         source = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
         with distributed.local_rank_zero_first():
-            images, fingerprint, knn = load_pretraining(*source, knn=cfg.knn_interval > 0)
+            images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
         steps = len(images) // cfg.batch_size
-        training = start_training(cfg, device, cfg.epochs * steps)
+        training = start_training(cfg, device, cfg.epochs * steps, new=saved is None)
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):
             del saved  # frees a second copy of the weights, with record's
             log.info(
-                f"{describe(images, cfg.dataset)}, {cfg.backbone} on {device} in "
-                f"{precision}, {'compiled' if training.compiled else 'not compiled'}, in {run_dir}"
+                f"{describe(images, cfg.dataset)}, {cfg.backbone}, recipe {cfg.recipe}, on {device}"
+                f" in {precision}, {'' if training.compiled else 'not '}compiled, in {run_dir}"
             )
+            for remark in remarks:
+                log.info(remark)
             train(cfg, training, images, knn, record)
-    return log_summary(run_dir, cfg.backbone, training.history)
+    return log_summary(run_dir, config, training.history)
 
 
 register_config()
@@ -195,4 +206,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, RULES)

@@ -23,7 +23,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from config import check_config, register_config, run_directory
+from config import RULES, check_config, register_config, run_directory
 from evaluation import results as report
 from evaluation.classifiers import EvaluationTask
 from evaluation.features import build_encoder
@@ -32,6 +32,7 @@ from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
 from images.host import Images, describe, place, take
 from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
+from system.commandline import run_command
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import locked
@@ -60,7 +61,9 @@ def evaluate(
     for encoder, seed in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
         task = make_task(cfg, saved, checkpoint, encoder, train, test.images, cfg.seed + seed)
         if not scored:  # nothing can be refused any more
-            log.info(f"{name}, on {describe(train.images, cfg.dataset)}, {device}")
+            used = f"{name}, on {describe(train.images, cfg.dataset)}, {device}"
+            for line in (used, *train.remarks, *test.remarks):
+                log.info(line)
         names = protocols_for(encoder, cfg.protocols, seed > 0, cfg.labels is not None)
         for protocol, result, seconds in run_protocols(names, task):
             outcome = report.score(result, test.labels.cpu(), seconds)
@@ -110,6 +113,8 @@ def predict(
     probability, label = result.scores.softmax(dim=1).max(dim=1)
     classes = [train.classes[best] for best in label.tolist()]
     path = report.write_predictions(out_dir, files, classes, probability.tolist())
+    for remark in train.remarks:
+        log.info(remark)
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
     return path
 
@@ -189,4 +194,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, RULES)

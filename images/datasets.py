@@ -7,6 +7,7 @@ that training needs neither PIL nor loader processes.
 import hashlib
 import os
 import tarfile
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.utils import check_integrity
 
-from images.folder import class_folders, load_images
+from images.folder import list_folder, load_images, name_few
 from images.host import Images, place
 from system.errors import ConfigError, UserError
 
@@ -35,19 +36,22 @@ class Split(NamedTuple):
 
     images: Images  # (N, 3, H, W), uint8
     labels: Tensor  # (N,), int64 in [0, len(classes)); -1 where the split has no labels
-    classes: list[str]
+    classes: list[str]  # none if the dataset has no labels at all
+    remarks: tuple[str, ...] = ()  # what to tell once the split is used: files left out, no kNN
 
     def to(self, device: torch.device) -> "Split":
         """The same split on `device`; its images in host memory if they do not fit there."""
-        return Split(place(self.images, device), self.labels.to(device), self.classes)
+        images, labels = place(self.images, device), self.labels.to(device)
+        return self._replace(images=images, labels=labels)
 
 
 def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers: int = 1) -> Split:
     """The `split` of `dataset`: "pretrain", "train" or "test".
 
-    "pretrain" is the unlabelled split of STL-10 and the same as "train" elsewhere; no split
-    shares an image with "test". Images keep their own size, except that those of `folder` are
-    resized to (image_size, image_size) here. Nothing is written but the download to `data_dir`.
+    "pretrain" is the unlabelled split of STL-10 and the same as "train" elsewhere, but for images
+    of `folder` that lie in no class folder: without labels in "pretrain", refused in the others.
+    No split shares an image with "test". Images keep their own size, except that those of `folder`
+    are resized to (image_size, image_size) here. Nothing is written but the download to `data_dir`.
     Raises UserError, with the file and the remedy, if data is missing or damaged.
     """
     if split not in ("pretrain", "train", "test"):
@@ -104,23 +108,25 @@ def hold_out(labels: Tensor, fraction: float, seed: int, remedy: str) -> tuple[T
 
 def load_pretraining(
     dataset: str, data_dir: str, image_size: int, workers: int, device: torch.device, knn: bool
-) -> tuple[Images, str, tuple[Split, Tensor, Tensor] | None]:
-    """Training images for the device, their fingerprint (shape and SHA-256), and data for kNN.
+) -> tuple[Images, str, tuple[Split, Tensor, Tensor] | None, tuple[str, ...]]:
+    """Training images for the device, their fingerprint (shape and SHA-256), data for kNN, remarks.
 
-    The last is, if `knn`, the labelled training images and the indices of bank and queries. The
+    The third is, if `knn`, the labelled training images and the indices of bank and queries. The
     queries are the same stratified tenth in every run, held out of the bank, not of pretraining.
-    For STL-10, whose pretraining images are unlabelled, its "train" split is loaded for it.
+    For STL-10, whose pretraining images are unlabelled, its "train" split is loaded for it; a
+    folder with fewer than two classes has no kNN.
     """
     split = load_split(dataset, data_dir, "pretrain", image_size, workers)
     digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
     split = split.to(device)
     images, fingerprint = split.images, f"{(*split.images.shape,)} {digest}"
-    if not knn:
-        return images, fingerprint, None
+    remarks = split.remarks
+    if not knn or len(split.classes) < 2:
+        return images, fingerprint, None, remarks
     if split.labels.min() < 0:
         split = load_split(dataset, data_dir, "train", image_size).to(device)
     held_out = hold_out(split.labels, 0.1, seed=0, remedy="knn_interval=0 leaves kNN out")
-    return images, fingerprint, (split, *held_out)
+    return images, fingerprint, (split, *held_out), remarks
 
 
 def check_batch_size(batch_size: int, images: int) -> None:
@@ -179,17 +185,41 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
 
 
 def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
-    """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name."""
+    """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name.
+
+    "pretrain" is all images below data_dir/train, without labels, if one lies directly in it.
+    """
     root = data_dir / ("test" if split == "test" else "train")
-    classes = class_folders(root, data_dir)
-    if split == "test" and classes != (expected := class_folders(data_dir / "train", data_dir)):
+    classes, loose, others = list_folder(root, data_dir)
+    if loose and split != "pretrain":
+        raise UserError(
+            f"{root} has images in no class folder ({name_few(loose)}): labels are needed, each "
+            "image in data_dir/train/<class>/ or data_dir/test/<class>/"
+        )
+    expected = list_folder(data_dir / "train", data_dir).classes if split == "test" else classes
+    if classes != expected:
         raise UserError(
             f"{root} must have the classes of {root.with_name('train')}: "
             f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
         )
     images, labels = [], []
-    for label, name in enumerate(classes):
-        files, pixels = load_images(root / name, image_size, workers, within=data_dir)
+    for label, folder in [(-1, root)] if loose else enumerate(root / name for name in classes):
+        files, pixels = load_images(folder, image_size, workers, data_dir, without=others)
         images.append(pixels)
         labels += [label] * len(files)
-    return Split(torch.cat(images), torch.tensor(labels), classes)
+    remarks = tuple(_remarks(root, split, classes, loose, others))
+    return Split(torch.cat(images), torch.tensor(labels), [] if loose else classes, remarks)
+
+
+def _remarks(
+    root: Path, split: str, classes: list[str], loose: list[Path], others: list[Path]
+) -> Iterator[str]:
+    if others:
+        yield f"left out of {root}, no images by their extension: {name_few(others)}"
+    if loose:
+        yield (
+            f"{root} has images in no class folder ({name_few(loose)}): all below it are taken "
+            "without labels, so there is no kNN"
+        )
+    elif split == "pretrain" and len(classes) == 1:
+        yield f"{root} has one class, {classes[0]}, so there is no kNN"

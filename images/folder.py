@@ -2,8 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,34 +15,62 @@ from torch import Tensor
 from system.errors import UserError
 
 
-def class_folders(root: Path, within: Path) -> list[str]:
-    """The names of the visible folders in `root`, sorted: one for each class.
+class Listing(NamedTuple):
+    """What is visible directly in a folder, sorted."""
 
-    Raises UserError if there is none, or one is a link out of `within`.
+    classes: list[str]  # names of the folders, one for each class
+    images: list[Path]  # files that lie in no class folder, images by their extension
+    others: list[Path]  # all other files
+
+
+def list_folder(root: Path, within: Path) -> Listing:
+    """What is visible directly in `root`.
+
+    Raises UserError if that is neither folder nor image, and for a folder that is a link out of
+    `within`.
     """
     try:
-        folders = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."]
+        visible = {path for path in root.iterdir() if path.name[0] != "."}
+        folders = {path for path in visible if path.is_dir()}
     except OSError as error:
         raise UserError(
             f"{root} cannot be read ({error.strerror}): dataset=folder needs images in "
-            "data_dir/train/<class>/ and data_dir/test/<class>/"
+            "data_dir/train/, and for labels in data_dir/train/<class>/ and data_dir/test/<class>/"
         ) from None
-    for path in (root, *folders):
+    for path in (root, *sorted(folders)):
         _refuse_link(path, within)
-    if not folders:
-        raise UserError(f"{root} has no folder in it: each class needs one, {root}/<class>/*.png")
-    return sorted(path.name for path in folders)
+    images = {path for path in visible - folders if _is_image(path)}
+    others = sorted(visible - folders - images)
+    if not folders and not images:
+        found = f" but {name_few(others)}" if others else ""
+        raise UserError(f"{root} has no image{found}: add some, for labels in {root}/<class>/")
+    return Listing(sorted(path.name for path in folders), sorted(images), others)
+
+
+def name_few(files: list[Path]) -> str:
+    """The first three names, and how many files there are besides."""
+    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+    return ", ".join(path.name for path in files[:3]) + more
+
+
+def _is_image(path: Path) -> bool:
+    """Whether Pillow reads files with this extension; MPO, of cameras, it opens as JPEG."""
+    return Image.registered_extensions().get(path.suffix.lower()) in {*Image.OPEN, "MPO"}
 
 
 def load_images(
-    folder: Path, image_size: int, workers: int, within: Path | None = None
+    folder: Path,
+    image_size: int,
+    workers: int,
+    within: Path | None = None,
+    without: Sequence[Path] = (),
 ) -> tuple[list[Path], Tensor]:
     """Load all images below a folder: sorted paths, and (N, 3, image_size, image_size) uint8.
 
-    Raises UserError if there is none, for a file that is not a single image, and for a link out of
-    `within` (None: out of the folder).
+    Files in `without` are left out. Raises UserError if there is no other, for a file that is not a
+    single image, and for a link out of `within` (None: out of the folder).
     """
-    files = _visible_files(folder, within or folder)
+    files = sorted(_visible_files(folder, within or folder) - {*without})
     if not files:
         raise UserError(f"{folder} has no image: add some, or leave the folder out")
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
@@ -49,8 +79,8 @@ def load_images(
     return files, torch.from_numpy(np.stack(images))
 
 
-def _visible_files(folder: Path, within: Path) -> list[Path]:
-    files = []
+def _visible_files(folder: Path, within: Path) -> set[Path]:
+    files = set()
     for directory, folders, names in os.walk(folder, onerror=_refuse_unreadable):
         folders[:] = [name for name in folders if name[0] != "."]
         visible = [Path(directory, name) for name in folders + names if name[0] != "."]
@@ -58,8 +88,8 @@ def _visible_files(folder: Path, within: Path) -> list[Path]:
             _refuse_link(path, within)
             if path.is_symlink() and path.is_dir():
                 raise UserError(f"{path} is a link to a folder, not followed: copy what is meant")
-        files += [path for path in visible if path.is_file()]
-    return sorted(files)
+        files.update(path for path in visible if path.is_file())
+    return files
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -6,6 +6,7 @@ h = enc(images)  # (N, 3, 32, 32) in [0, 1] -> (N, feature_dim)
 """
 
 import io
+import os
 import pickle
 import re
 import zipfile
@@ -26,6 +27,8 @@ ARCHITECTURE = ("backbone", "projection_dim", "hidden_dim", "cifar_stem", "image
 ADDED = {"init": None, "blur_probability": 0.0}
 
 PARTS = {"model": dict, "config": dict, "epoch": int}
+HEADS = {"projector", "fc"}  # of SimCLR, and of torchvision's ResNet
+OLD = b"\x80\x02"  # start of what torch.save wrote before torch 1.6: a pickle, without CRCs
 FORMAT = 1  # of checkpoints; files without a number have this one
 
 
@@ -63,19 +66,29 @@ def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS) -> dict[str, Any]
     parts: the required keys and their types. Raises UserError if there is no such file or it has
     another format, Damaged if the CRC of an entry is wrong or it was not written by simclr.py.
     """
+    saved = _read(path)
+    for key, kind in parts.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
+            raise Damaged(f"{path} was not written by simclr.py: it has no {key}")
+    for key in ARCHITECTURE:
+        if saved["config"].get(key) is None:
+            raise Damaged(f"{path} was not written by simclr.py: its config lacks {key}")
+    return {**saved, "config": {**ADDED, **saved["config"]}}
+
+
+def _read(path: Path, unzipped: bool = False) -> Any:
+    """What torch.save wrote; if `unzipped`, also what it wrote before torch 1.6."""
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: {describe_checkpoints(path.parent)}")
     content = path.read_bytes()
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no CRC
-            if (entry := archive.testzip()) is not None:
-                raise ValueError(f"wrong CRC of {entry}")
-            if any(entry.external_attr & 0x10 for entry in archive.infolist()):
-                # torch 2.14.1 takes it for a directory, and returns uninitialised memory
-                raise ValueError("an entry is marked as a directory")
+        if not (unzipped and content.startswith(OLD)):
+            _check_archive(content)
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message tells how to execute it
-        raise Damaged(f"{path} is no checkpoint: it is not the plain data of simclr.py") from None
+        raise Damaged(
+            f"{path} is no checkpoint: it is not the plain data of simclr.py or of a state dict"
+        ) from None
     except Exception as error:  # the readers raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{path} is damaged or no checkpoint ({reason})") from None
@@ -84,13 +97,64 @@ def load_checkpoint(path: Path, parts: dict[str, Any] = PARTS) -> dict[str, Any]
             f"{path} has format {saved['format']}, this version reads {FORMAT}: use the version "
             "of this repository that wrote it"
         )
-    for key, kind in parts.items():
-        if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
-            raise Damaged(f"{path} was not written by simclr.py: it has no {key}")
-    for key in ARCHITECTURE:
-        if saved["config"].get(key) is None:
-            raise Damaged(f"{path} was not written by simclr.py: its config lacks {key}")
-    return {**saved, "config": {**ADDED, **saved["config"]}}
+    return saved
+
+
+def _check_archive(content: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no CRC
+        if (entry := archive.testzip()) is not None:
+            raise ValueError(f"wrong CRC of {entry}")
+        if any(entry.external_attr & 0x10 for entry in archive.infolist()):
+            # torch 2.14.1 takes it for a directory, and returns uninitialised memory
+            raise ValueError("an entry is marked as a directory")
+
+
+def load_init(enc: nn.Module, init: str) -> str:
+    """Start the encoder from the file `init`; returns a line for the log that says what it has.
+
+    init: a checkpoint or training state of simclr.py, or the state dict of a torchvision ResNet.
+    The head in it is left out, as is a `conv1` of another shape (3×3 or 7×7), which stays random.
+    Raises UserError if anything else does not fit or is not finite.
+    """
+    saved = _read(Path(os.path.expanduser(init)), unzipped=True)
+    weights = _without_prefix(saved, init)
+    heads = sorted({key.split(".")[0] for key in weights} & HEADS)
+    weights = {key: value for key, value in weights.items() if key.split(".")[0] not in heads}
+    line = f"epoch {saved['epoch']}" if "epoch" in saved else "a state dict"
+    line = f"init: the encoder starts from {', without '.join([f'{init}, {line}', *heads])}"
+    ours = enc.conv1.weight.detach()
+    theirs = weights.get("conv1.weight", ours)
+    if theirs.shape != ours.shape:
+        weights["conv1.weight"] = ours
+        line += f"; conv1 has another shape, {(*theirs.shape,)} not {(*ours.shape,)}: stays random"
+    _load_strictly(enc, weights, init)
+    return line
+
+
+def _without_prefix(saved: Any, init: str) -> dict[str, Tensor]:
+    weights = saved.get("model", saved) if isinstance(saved, dict) else {}
+    items = weights.items() if isinstance(weights, dict) else ()
+    if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
+        raise UserError(
+            f"init={init}: must hold a checkpoint of simclr.py or the state dict of a ResNet"
+        )
+    return {key.removeprefix("enc."): value for key, value in items}
+
+
+def _load_strictly(enc: nn.Module, weights: dict[str, Tensor], init: str) -> None:
+    try:
+        enc.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"init={init}: does not fit the encoder ({reason[:300]} …): choose the backbone that "
+            "it holds with backbone=NAME, or another file"
+        ) from None
+    bad = [name for name, value in enc.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"init={init}: {', '.join(bad[:3])} has values that are not finite: take another file"
+        )
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:

@@ -15,10 +15,10 @@ log = logging.getLogger("simclr")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Views of 32×32 from which on compiling pays for itself. On two CPU cores ResNet-18 takes 55 s to
-# compile and is 9 % faster after that: break-even is at 120,000 views (benchmarks/step.py
-# --compile). On a GPU this is an estimate: 200 epochs of CIFAR-10.
-COMPILE_PAYS = {"cpu": 200_000, "cuda": 20_000_000}
+# Views of 32×32 from which on compiling pays for itself (docs/speed.md). ResNet-18 takes 55 s to
+# compile on two CPU cores and is 9 % faster after that: break-even at 120,000 views; on an H100 it
+# takes 39 s and a step of 1,024 views 12.8 ms instead of 18.9: break-even at 6.5 million.
+COMPILE_PAYS = {"cpu": 200_000, "cuda": 7_000_000}
 
 
 def select_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 
 from models import SimCLR
 from system.checkpoint import (
+    ADDED,
     ARCHITECTURE,
     Damaged,
     checkpoint_name,
@@ -22,7 +23,7 @@ from system.checkpoint import (
 )
 from system.errors import UserError
 
-CONFIG = {"seed": 1, **dict.fromkeys(ARCHITECTURE, 8)}
+CONFIG = {"seed": 1, **ADDED, **dict.fromkeys(ARCHITECTURE, 8)}
 
 
 @pytest.fixture
@@ -44,6 +45,15 @@ def test_what_is_saved_is_loaded(saved):
 def test_the_newest_epoch_is_the_largest_number(saved):
     assert find_checkpoint(saved, "resnet18", None).name == "simclr_resnet18_epoch10.pt"
     assert find_checkpoint(saved, "resnet18", 9).name == "simclr_resnet18_epoch9.pt"
+
+
+def test_backbones_whose_names_contain_each_other_are_told_apart(tmp_path):
+    names = ("resnet50", "wide_resnet50_2", "resnext50_32x4d", "resnext101_32x8d")
+    for epoch, backbone in enumerate(names, start=1):
+        save_checkpoint(tmp_path / checkpoint_name(backbone, epoch), {}, CONFIG, epoch)
+    for epoch, backbone in enumerate(names, start=1):
+        path = tmp_path / f"simclr_{backbone}_epoch{epoch}.pt"
+        assert find_checkpoint(tmp_path, backbone, None) == path
 
 
 @pytest.mark.parametrize(("backbone", "epoch"), [("resnet18", 7), ("resnet50", None)])

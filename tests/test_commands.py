@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, thin_resnet
 from omegaconf import OmegaConf
 from PIL import Image
+
+from models import BACKBONES
 
 TOY = ["dataset=digits", "image_size=8", "batch_size=256", "device=cpu"]
 
@@ -91,6 +93,40 @@ def test_what_follows_a_run(run, thin, tmp_path, call):
     ):
         found, line = call(*lin, override)
         assert found == code and message in line and line.count("\n") == 1, line
+
+
+def test_a_backbone_with_a_longer_name_is_resumed_evaluated_and_moved_aside(
+    run, tmp_path, monkeypatch
+):
+    name = "resnext50_32x4d"
+    monkeypatch.setitem(BACKBONES, name, thin_resnet)
+    lin = ["simclr_lin.py", f"backbone={name}", "dataset=digits", "protocols=[knn]"]
+    folder = tmp_path / "logs" / "SimCLR" / "digits" / name
+    pretrain = ["simclr.py", f"backbone={name}", "epochs=1", "knn_interval=0", *TOY]
+    run(*pretrain)
+    assert f"simclr_{name}_epoch1.pt" in run(*pretrain)  # it says that this run is complete
+    run(*lin)
+    assert json.loads((folder / "results.json").read_text())["backbone"] == name
+    run(*pretrain, "resume=false")
+    moved = {path.name for path in (folder / "old-1").glob("*.pt")}
+    assert moved == {f"simclr_{name}_{part}.pt" for part in ("epoch1", "last", "previous")}
+
+
+def test_a_checkpoint_is_evaluated_on_another_dataset(run, thin, tmp_path, write_images):
+    """docs/evaluation.md: images of the size it was trained with; results beside that dataset."""
+    run("simclr.py", "epochs=1", "knn_interval=0", "hidden_dim=8", *TOY)
+    file = "logs/SimCLR/digits/resnet18/simclr_resnet18_epoch1.pt"
+    before = {path: path.read_bytes() for path in (tmp_path / file).parent.glob("*")}
+    write_images(tmp_path / "images", classes=4, train=6, test=2)  # of 12×12 pixels, not 8×8
+    out = run("simclr_lin.py", "dataset=folder", "data_dir=images", f"checkpoint={file}",
+              "finetune_epochs=1", "batch_size=8", "device=cpu")  # fmt: skip
+    assert f"{file}, epoch 1, resnet18 at 8 px, on folder" in out
+    results = json.loads((tmp_path / "logs/SimCLR/folder/resnet18/results.json").read_text())
+    assert results["classes"] == [f"class{n}" for n in range(4)]
+    assert (results["training_images"], results["test_images"]) == (24, 8)
+    assert (results["dataset"], results["config"]["dataset"]) == ("folder", "digits")
+    assert results["checkpoint"] == file and len(results["confusion"]) == 4
+    assert {path: path.read_bytes() for path in (tmp_path / file).parent.glob("*")} == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from images.datasets import draw_stratified, hold_out, load_split, resize
-from images.folder import load_images
+from images.folder import list_folder, load_images
 from system.errors import UserError
 
 
@@ -338,11 +339,97 @@ def test_missing_and_empty_folders_are_named(write_images, tmp_path):
     with pytest.raises(UserError, match=r"train cannot be read \(No such file"):
         load_split("folder", str(tmp_path), "train", 8)
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="has no folder in it"):
-        load_split("folder", str(tmp_path), "train", 8)
+    for split in ("pretrain", "train"):
+        with pytest.raises(UserError, match=r"train has no image: add some, .*train/<class>/"):
+            load_split("folder", str(tmp_path), split, 8)
+    for name in ("README", "a.csv", "b.csv", "c.csv", ".hidden.png"):
+        (tmp_path / "train" / name).write_text("")
+    message = re.escape("train has no image but README, a.csv, b.csv and 1 more: add")
+    with pytest.raises(UserError, match=message):
+        load_split("folder", str(tmp_path), "pretrain", 8)
     (tmp_path / "train" / "cats").mkdir()
-    with pytest.raises(UserError, match="cats has no image"):
-        load_split("folder", str(tmp_path), "train", 8)
+    for split in ("pretrain", "train"):
+        with pytest.raises(UserError, match="cats has no image"):
+            load_split("folder", str(tmp_path), split, 8)
+
+
+def write_loose(root, *names):
+    """Images at root/train/<name>, each of its own shade, that of its place in sorted order."""
+    for shade, path in enumerate(sorted(root / "train" / name for name in names)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), shade).save(path)
+
+
+def test_images_in_no_class_folder_are_all_pretrained_on_without_labels(tmp_path):
+    names = ["b.png", "a/x.png", "a/deep/er/y.png", "c/z.png", "d.JPG", ".hidden.png", ".a/b.png"]
+    write_loose(tmp_path, *names[:5])
+    (tmp_path / "train" / "notes.txt").write_text("")
+    (tmp_path / "train" / "empty").mkdir()
+    found = load_split("folder", str(tmp_path), "pretrain", 8, workers=2)
+    assert found.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4] and found.images.shape[1] == 3
+    assert found.labels.tolist() == [-1] * 5 and found.labels.dtype == torch.int64
+    assert found.classes == []
+    train = tmp_path / "train"
+    assert found.remarks == (
+        f"left out of {train}, no images by their extension: notes.txt",
+        f"{train} has images in no class folder (b.png, d.JPG): all below it are taken without "
+        "labels, so there is no kNN",
+    )
+    assert found.to(torch.device("cpu")).remarks == found.remarks
+
+
+@pytest.mark.parametrize("spoiled", ["train", "test"])
+def test_an_image_beside_class_folders_is_refused_where_labels_are_needed(
+    write_images, tmp_path, spoiled
+):
+    write_images(tmp_path, train=2, test=2)
+    for n in range(5):
+        Image.new("L", (8, 8)).save(tmp_path / spoiled / f"{n}.png")
+    message = f"{spoiled} has images in no class folder (0.png, 1.png, 2.png and 2 more): labels"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_split("folder", str(tmp_path), spoiled, 8)
+    pretrain = load_split("folder", str(tmp_path), "pretrain", 8)
+    assert len(pretrain.images) == (11 if spoiled == "train" else 6)
+    assert (pretrain.labels.min() < 0) == (spoiled == "train")
+
+
+def test_other_files_beside_class_folders_are_named_and_left_out(write_images, tmp_path):
+    write_images(tmp_path, classes=2, train=2, test=1)
+    clean = load_split("folder", str(tmp_path), "train", 8)
+    assert clean.remarks == ()
+    for name in ("Thumbs.db", "labels.csv", "paper.pdf", ".DS_Store"):
+        (tmp_path / "train" / name).write_text("")
+    (tmp_path / "test" / "README").write_text("")
+    left_out = {
+        "test": "README",
+        **dict.fromkeys(("train", "pretrain"), "Thumbs.db, labels.csv, p"),
+    }
+    for split, names in left_out.items():
+        found = load_split("folder", str(tmp_path), split, 8)
+        [remark] = found.remarks
+        folder = tmp_path / ("test" if split == "test" else "train")
+        assert remark.startswith(f"left out of {folder}, no images by their extension: {names}")
+        assert found.classes == ["class0", "class1"]
+        assert split == "test" or torch.equal(found.images, clean.images)
+
+
+def test_one_class_is_labelled_and_says_that_there_is_no_knn(write_images, tmp_path):
+    write_images(tmp_path, classes=1, train=3)
+    found = load_split("folder", str(tmp_path), "pretrain", 8)
+    assert found.labels.tolist() == [0, 0, 0] and found.classes == ["class0"]
+    assert found.remarks == (f"{tmp_path / 'train'} has one class, class0, so there is no kNN",)
+    assert load_split("folder", str(tmp_path), "train", 8).remarks == ()
+
+
+def test_an_image_is_told_by_an_extension_that_pillow_reads(tmp_path):
+    images = ["a.png", "b.JPG", "c.jpeg", "d.tif", "e.webp", "f.gif", "g.bmp", "h.mpo"]
+    others = ["i.pdf", "j.txt", "k", "l.csv", "m.db", "n.png.bak"]  # PDF: Pillow only writes it
+    for name in images + others:
+        (tmp_path / name).write_text("")
+    (tmp_path / "o.png").mkdir()
+    found = list_folder(tmp_path, tmp_path)
+    assert [path.name for path in found.images] == images
+    assert [path.name for path in found.others] == others and found.classes == ["o.png"]
 
 
 def test_train_and_test_must_have_the_same_classes(write_images, tmp_path):

@@ -120,7 +120,7 @@ def run(thin, toy, tmp_path, monkeypatch):
 def test_a_run_from_host_memory_is_the_same_run_bit_for_bit(run, in_host_memory, caplog):
     caplog.set_level("INFO")
     expected = run("device")
-    assert "24 images of folder (0.0 MB on cpu), resnet18 on cpu" in caplog.text
+    assert "24 images of folder (0.0 MB on cpu), resnet18, recipe published, on cpu in fp32, not compiled" in caplog.text
     sizes = in_host_memory()
     assert run("host") == expected
     assert sizes == [8, 8, 8, 16, 8] * 2  # the steps of an epoch, then the batches of its kNN

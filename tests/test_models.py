@@ -139,7 +139,9 @@ def test_encoder_loads_strictly_into_a_torchvision_resnet_and_gives_the_same_h()
     assert torch.equal(plain.eval()(x), model(x)[0])
 
 
-@pytest.mark.parametrize(("backbone", "feature_dim"), [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize(
+    ("backbone", "feature_dim"), [("resnet18", 512), ("resnet50", 2048), ("resnext50_32x4d", 2048)]
+)
 def test_forward_gives_h_and_z(backbone, feature_dim):
     model = SimCLR(backbone, projection_dim=16, hidden_dim=32).eval()
     with torch.no_grad():
@@ -162,6 +164,21 @@ def first_map(cifar_stem: bool) -> torch.Size:
 def test_cifar_stem_keeps_the_resolution_and_the_other_does_not():
     assert first_map(cifar_stem=True) == (1, 64, 32, 32)
     assert first_map(cifar_stem=False) == (1, 64, 8, 8)
+
+
+def test_each_backbone_is_torchvisions_network_of_that_name():
+    """Wide ResNets and ResNeXts beside the plain ones, told apart by their number of weights."""
+    sizes = {
+        "resnet18": 11.69, "resnet34": 21.80, "resnet50": 25.56, "resnet101": 44.55,
+        "resnet152": 60.19, "wide_resnet50_2": 68.88, "wide_resnet101_2": 126.89,
+        "resnext50_32x4d": 25.03, "resnext101_32x8d": 88.79, "resnext101_64x4d": 83.46,
+    }  # fmt: skip
+    assert BACKBONES.keys() == sizes.keys()
+    for name, millions in sizes.items():  # as torchvision's documentation has them, with fc
+        with torch.device("meta"):
+            weights = SimCLR(name, cifar_stem=False).enc.parameters()
+        fc = 1000 * (512 if name in ("resnet18", "resnet34") else 2048) + 1000
+        assert (sum(w.numel() for w in weights) + fc) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -197,7 +214,7 @@ def test_nt_xent_holds_two_matrices_of_all_pairs_at_most():
     assert 1.9 * matrix < peak < 2 * matrix + 24 * 2**20
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputed_blocks_give_the_same_gradients_and_running_statistics(backbone, dtype):
     found = []

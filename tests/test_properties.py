@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from hydra import compose, initialize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from config import CONFIG_FILE, RULES, check_values, register_config
+from config import RULES, check_values, register_config
 from images.augment import draw, random_crop_flip, random_views, sample_boxes
 from models import nt_xent
 from system.errors import ConfigError
@@ -119,7 +120,8 @@ values = st.recursive(
 
 
 register_config()
-YAML = OmegaConf.load(CONFIG_FILE)
+with initialize(version_base="1.3", config_path=None):
+    YAML = compose("simclr_config")
 DEFAULTS = check_values(YAML)
 
 

@@ -473,7 +473,7 @@ class NoSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext101_32x8d"])
 @pytest.mark.parametrize("recompute", ["true", "false"])
 def test_a_whole_step_runs_on_the_meta_device(toy, backbone, recompute):
     """There are no values there: static shapes, no sync with the device, no tensor left on the

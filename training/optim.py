@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 OPTIMIZERS = ("sgd", "lars")
 TRUST = 0.001  # LARS trust coefficient, as in google-research/simclr
@@ -73,7 +73,7 @@ class LARS(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 velocity = state["momentum_buffer"]
-                velocity.mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                velocity.mul_(group["momentum"]).add_(update * group["lr"])  # lr: maybe a tensor
                 weight.sub_(velocity)
 
 
@@ -105,7 +105,7 @@ def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int
     return int(pixels)  # fractions that sum to a little less than 1
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float | Tensor) -> None:
     """Set the absolute learning rate of every parameter group (LambdaLR would take a factor)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,6 +157,8 @@ class RunRecord:
         elif self.writes:
             if start_over and (aside := move_aside(self.run_dir)) is not None:
                 log.info(f"moved the files of the earlier run to {aside}")
+            if training.init is not None:  # here, in the log of this run
+                log.info(training.init)
             self._write_state(training)
             self.check_written()
         if self.writes:
@@ -227,18 +230,21 @@ def report_complete(run_dir: Path, saved: SavedState) -> dict[str, float | None]
         f"{run_dir} holds this run, complete with {content['epoch']} epochs: simclr_lin.py "
         "evaluates it, resume=false starts over"
     )
-    return log_summary(run_dir, content["config"]["backbone"], content["history"])
+    return log_summary(run_dir, content["config"], content["history"])
 
 
 def log_summary(
-    run_dir: Path, backbone: str, history: list[dict[str, float | None]]
+    run_dir: Path, config: dict[str, Any], history: list[dict[str, float | None]]
 ) -> dict[str, float | None]:
-    """Log the last line of metrics.jsonl in words, and return it."""
-    line = history[-1]
+    """Log the last line of metrics.jsonl in words, and return it.
+
+    Beside loss and contrastive accuracy stand those of an encoder that maps all images to a point.
+    """
+    line, others = history[-1], 2 * config["batch_size"] - 1
     knn = "" if line["knn_acc"] is None else f", kNN {line['knn_acc']:.1%} (training images)"
     log.info(
-        f"epoch {line['epoch']}: loss {line['loss']:.4f}, contrastive accuracy "
-        f"{line['contrastive_accuracy']:.1%}{knn}; saved "
-        f"{run_dir / checkpoint_name(backbone, line['epoch'])}"
+        f"epoch {line['epoch']}: loss {line['loss']:.4f} (collapsed: {math.log(others):.4f}), "
+        f"contrastive accuracy {line['contrastive_accuracy']:.1%} (collapsed: {1 / others:.1%})"
+        f"{knn}; saved {run_dir / checkpoint_name(config['backbone'], line['epoch'])}"
     )
     return line

@@ -36,6 +36,8 @@ class Training:
     dtype: torch.dtype  # what the model computes in
     make_views: Callable[..., Tensor]  # random_views, compiled or not
     compiled: bool
+    graphed: bool = False  # whether a step is replayed from a CUDA graph
+    init: str | None = None  # what the encoder starts from, in words; None: random weights
     epoch: int = 0  # completed epochs
     order: Tensor | None = None  # of the images, in the current epoch
     step_metrics: list[dict[str, float]] = field(default_factory=list)  # of the current epoch

@@ -1,0 +1,56 @@
+"""The command line, which Hydra reads: what it refuses in one line, and Python 3.14."""
+
+import difflib
+import os
+from argparse import Action, ArgumentParser
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException
+
+from system.errors import ConfigError, one_line_errors
+
+
+def run_command(main: Callable[[], Any], keys: Iterable[str]) -> None:
+    """Run a script's main function under Hydra; what Hydra refuses is one line too."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise, where it would print several lines
+    with one_line_errors():
+        try:
+            main()
+        except HydraException as error:
+            raise ConfigError(describe_refusal(error, keys)) from None
+
+
+def describe_refusal(error: HydraException, keys: Iterable[str]) -> str:
+    """What is wrong with the command line, and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, name = str(error.missing_cfg_file).split("/")
+        return f"{group}={name}: must be one of {', '.join(error.options)}"
+    key = getattr(error.__cause__, "full_key", None)  # of OmegaConf's error
+    if isinstance(key, str) and key not in keys:
+        return no_such_key(key, keys)
+    return str(error)
+
+
+def no_such_key(key: str, keys: Iterable[str]) -> str:
+    """The message for a key that is not in the config."""
+    near = difflib.get_close_matches(key, keys, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{key}: no such key; {hint}there are {', '.join(keys)}"
+
+
+def skip_check_of_lazy_help() -> None:
+    """Let Hydra start where argparse checks help texts as they are registered (Python 3.14).
+
+    Hydra up to 1.3.8 registers one that is no string but is made when printed (hydra issue 3121).
+    """
+    check = getattr(ArgumentParser, "_check_help", None)
+    if check is not None and not hasattr(check, "__wrapped__"):
+
+        @wraps(check)
+        def check_strings(parser: ArgumentParser, action: Action) -> None:
+            if isinstance(action.help, str):
+                check(parser, action)
+
+        ArgumentParser._check_help = check_strings
