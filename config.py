@@ -190,6 +190,9 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
             cfg, "cifar_stem", f"true for views of {smallest} pixels, below 32: the other stem and "
             "the stages divide the side by 32",
         )  # fmt: skip
+    if cfg.blur_probability > 0 and smallest < 20:
+        allowed = f"0 for views of {smallest} pixels: below 20 the kernel, a tenth, is one pixel"
+        _refuse(cfg, "blur_probability", allowed)
     if pretraining and cfg.warmup_epochs >= cfg.epochs:
         _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}")
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]

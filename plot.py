@@ -87,9 +87,10 @@ def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8)
     rng, size = torch.Generator().manual_seed(cfg.seed), cfg.image_size
     chosen = images[torch.randperm(len(images), generator=rng)[:rows]].cpu()
     views = random_views(
-        chosen.repeat_interleave(columns, 0), draw(columns * len(chosen), rng), size,
+        chosen.repeat_interleave(columns, 0),
+        draw(columns * len(chosen), rng, cfg.blur_probability > 0), size,
         tuple(cfg.crop_scale), cfg.flip_probability, cfg.color_strength,
-        cfg.grayscale_probability,
+        cfg.grayscale_probability, cfg.blur_probability,
     ).unflatten(0, (len(chosen), columns))  # fmt: skip
     grid = [[image, *own] for image, own in zip(resize(chosen, size), views, strict=True)]
     return image_grid("An image and random views of it: any two make a positive pair", grid)[0]
@@ -121,7 +122,7 @@ def plot_neighbours(
     nearest = cosine.topk(min(columns, len(h)), dim=1).indices
     pairs = list(zip(queries, nearest, strict=True))
     title = "Test images and the training images nearest to them: blue, the same class; orange, not"
-    grid = [[*resize(test.images[q, None], size), *resize(train.images[i], size)] for q, i in pairs]
+    grid = [[*resize(test.images[[q]], size), *resize(train.images[i], size)] for q, i in pairs]
     figure, axes = image_grid(title, grid)
     for row, (q, index) in zip(axes, pairs, strict=True):
         row[0].set_ylabel(test.classes[test.labels[q]], rotation=0, ha="right", va="center")

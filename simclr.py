@@ -24,6 +24,7 @@ from config import MAY_CHANGE, RULES, check_config, register_config, run_directo
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
+from images.host import Images, batches, describe
 from models import SimCLR, nt_xent
 from system.checkpoint import load_init
 from system.commandline import run_command
@@ -77,7 +78,7 @@ def train_step(
 def train(
     cfg: DictConfig,
     training: Training,
-    images: Tensor,
+    images: Images,
     knn: tuple[Split, Tensor, Tensor] | None,
     record: RunRecord,
 ) -> None:
@@ -85,7 +86,7 @@ def train(
     n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
     total_steps = cfg.epochs * steps
     learner = training.ddp_model, training.optimizer, training.scaler
-    colors = cfg.color_strength, cfg.grayscale_probability
+    colors = cfg.color_strength, cfg.grayscale_probability, cfg.blur_probability
     augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
 
     def step(batch: Tensor, noise: Tensor, size: int) -> dict[str, Tensor]:
@@ -94,11 +95,11 @@ def train(
 
     run_step = GraphedStep(step, training.optimizer, eager=not training.graphed)
     while training.epoch < cfg.epochs:
-        order = training.start_epoch(images)
-        for i in range(training.steps_done, steps):  # from 0, but in a resumed epoch
+        order, done = training.start_epoch(len(images)), training.steps_done  # 0 unless resumed
+        rows = local_shard(order[: steps * n].view(steps, n))[done:]  # indices, a row a step
+        for i, batch in enumerate(batches(images, rows), done):  # N×3×H×W, uint8
             learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
-            batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, uint8
-            noise = local_shard(draw(2 * n, training.rng), views=2)  # columns: all views 1, views 2
+            noise = local_shard(draw(2 * n, training.rng, cfg.blur_probability > 0), views=2)
             metrics = run_step(batch, noise, size, learning_rate)
             record.log_step(training, all_reduce_mean(metrics), learning_rate)
 
@@ -182,9 +183,8 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         with record.recording(training, saved, start_over=not resume):
             del saved  # frees a second copy of the weights, with record's
             log.info(
-                f"{len(images):,} images of {cfg.dataset}, {cfg.backbone}, recipe {cfg.recipe}, on "
-                f"{device} in {precision}, {'compiled' if training.compiled else 'not compiled'}, "
-                f"in {run_dir}"
+                f"{describe(images, cfg.dataset)}, {cfg.backbone}, recipe {cfg.recipe}, on {device}"
+                f" in {precision}, {'' if training.compiled else 'not '}compiled, in {run_dir}"
             )
             for remark in remarks:
                 log.info(remark)

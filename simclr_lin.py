@@ -22,7 +22,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import Tensor
 
 from config import RULES, check_config, register_config, run_directory
 from evaluation import results as report
@@ -31,6 +30,7 @@ from evaluation.features import build_encoder
 from evaluation.protocols import protocols_for, run_protocols
 from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
+from images.host import Images, describe, place, take
 from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
 from system.commandline import run_command
 from system.device import select_device, select_precision
@@ -61,7 +61,8 @@ def evaluate(
     for encoder, seed in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
         task = make_task(cfg, saved, checkpoint, encoder, train, test.images, cfg.seed + seed)
         if not scored:  # nothing can be refused any more
-            for line in (f"{name}, on {cfg.dataset}, {device}", *train.remarks, *test.remarks):
+            used = f"{name}, on {describe(train.images, cfg.dataset)}, {device}"
+            for line in (used, *train.remarks, *test.remarks):
                 log.info(line)
         names = protocols_for(encoder, cfg.protocols, seed > 0, cfg.labels is not None)
         for protocol, result, seconds in run_protocols(names, task):
@@ -107,7 +108,7 @@ def predict(
         raise UserError(f"predict={cfg.predict}: there is no directory {directory}")
     files, images = load_images(directory, size, cfg.workers)
     train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
-    task = make_task(cfg, saved, checkpoint, "checkpoint", train, images.to(device), cfg.seed)
+    task = make_task(cfg, saved, checkpoint, "checkpoint", train, place(images, device), cfg.seed)
     [(_, result, _)] = run_protocols(["linear"], task)
     probability, label = result.scores.softmax(dim=1).max(dim=1)
     classes = [train.classes[best] for best in label.tolist()]
@@ -140,7 +141,7 @@ def make_task(
     path: Path,
     encoder: str,
     train: Split,
-    test_images: Tensor,
+    test_images: Images,
     seed: int,
 ) -> EvaluationTask:
     """The input of the protocols for one encoder and one seed."""
@@ -148,7 +149,7 @@ def make_task(
         raise UserError(f"there is one class, {train.classes[0]}: a classifier needs two or more")
     if cfg.labels is not None:
         index = draw_stratified(train.labels, cfg.labels, seed)
-        train = Split(train.images[index], train.labels[index], train.classes)
+        train = Split(take(train.images, index), train.labels[index], train.classes)
     size = saved["config"]["image_size"]
     enc, feature_dim = build_encoder(saved, path, encoder, seed)
     choices = cfg.finetune_learning_rate, cfg.finetune_weight_decay  # each a value or a list

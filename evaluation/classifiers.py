@@ -16,6 +16,7 @@ from tqdm import tqdm
 from evaluation.features import clean_features
 from images.augment import draw, random_crop_flip
 from images.datasets import Split
+from images.host import Images
 from system.device import autocast
 from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate
 
@@ -29,7 +30,7 @@ class EvaluationTask(NamedTuple):
     feature_dim: int  # D
     size: int  # input size of the encoder in pixels
     train: Split  # the labelled training images
-    test_images: Tensor  # (N, 3, H, W), uint8
+    test_images: Images  # (N, 3, H, W), uint8
     candidates: list[dict[str, float]]  # learning_rate and weight_decay to choose from
     epochs: int
     batch_size: int

@@ -1,6 +1,7 @@
 """Feature extraction and kNN (Wu et al. 2018) for a frozen encoder; accuracies."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from images.augment import draw, random_crop_flip
 from images.datasets import Split, resize
+from images.host import Images
 from system.checkpoint import build_model
 from system.device import autocast
 
@@ -70,7 +72,7 @@ def extract_features(enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dty
 
 def clean_features(
     enc: nn.Module,
-    images: Tensor,
+    images: Images,
     size: int,
     batch_size: int,
     dtype: torch.dtype,
@@ -82,8 +84,8 @@ def clean_features(
     """
 
     def batches() -> Iterator[Tensor]:
-        parts = images.split(batch_size)
-        for x in tqdm(parts, "features", leave=False, mininterval=1, unit="batch"):
+        parts, count = images.split(batch_size), math.ceil(len(images) / batch_size)
+        for x in tqdm(parts, "features", count, leave=False, mininterval=1, unit="batch"):
             check()
             yield resize(x, size)
 
@@ -92,7 +94,7 @@ def clean_features(
 
 def crop_features(
     enc: nn.Module,
-    images: Tensor,
+    images: Images,
     views: int,
     size: int,
     crop_scale: tuple[float, float],

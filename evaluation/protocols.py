@@ -20,6 +20,7 @@ from evaluation.classifiers import (
 )
 from evaluation.features import accuracy, clean_features, crop_features, frozen, knn_scores
 from images.datasets import hold_out
+from images.host import Images, take
 
 VALIDATION_FRACTION = 0.1  # of the labelled training images, to choose hyperparameters on
 INVERSE_PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # logistic regression
@@ -120,8 +121,8 @@ def select_and_fit(
     task: EvaluationTask,
     candidates: list[dict[str, float]],
     fit: Callable[..., Classifier],
-    inputs: Tensor | None = None,
-    test_inputs: Tensor | None = None,
+    inputs: Images | None = None,
+    test_inputs: Images | None = None,
 ) -> ProtocolResult:
     """Test scores of the best candidate, fitted on all labelled training images.
 
@@ -135,7 +136,7 @@ def select_and_fit(
     labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
         rest, held_out = validation_split(task)
-        scores = [fit(rest, **c)(inputs[held_out]) for c in candidates]
+        scores = [fit(rest, **c)(take(inputs, held_out)) for c in candidates]
         accuracies = [accuracy(s, labels[held_out]) for s in scores]
         chosen = candidates[accuracies.index(max(accuracies))]
         tried = [{**c, "accuracy": a} for c, a in zip(candidates, accuracies, strict=True)]

@@ -8,6 +8,7 @@ operations and the distributions of their parameters are torchvision's; the test
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -16,11 +17,17 @@ CROP_TRIES = 10  # draws of a box before torchvision falls back to a centre crop
 
 # Which rows of `draw` each operation uses.
 BOX, FLIP, JITTER, GRAY, HUE_PLACE = slice(0, 22), 22, slice(23, 31), 31, slice(32, 36)
+BLUR = slice(36, 38)  # rows that are drawn for it alone
 
 
-def draw(n: int, generator: torch.Generator) -> Tensor:
-    """Random numbers for n views: (36, n), uniform in [0, 1), on the generator's device."""
-    return torch.rand((HUE_PLACE.stop, n), device=generator.device, generator=generator)
+def draw(n: int, generator: torch.Generator, blur: bool = False) -> Tensor:
+    """Random numbers for n views: (36, n), uniform in [0, 1), on the generator's device.
+
+    With `blur` (38, n), what `random_views` needs for a blur_probability above 0. Without it no
+    number more is drawn: the random numbers of a run are those from before there was a blur.
+    """
+    rows = (BLUR if blur else HUE_PLACE).stop
+    return torch.rand((rows, n), device=generator.device, generator=generator)
 
 
 def random_views(
@@ -31,8 +38,9 @@ def random_views(
     flip_probability: float,
     color_strength: float,
     grayscale_probability: float,
+    blur_probability: float = 0.0,
 ) -> Tensor:
-    """One random view of every image: crop, resize, flip, colour jitter, grayscale (App. A).
+    """One random view of every image: crop, resize, flip, colour jitter, grayscale, blur (App. A).
 
     images: (N, 3, H, W), uint8 or float in [0, 1]; u: from `draw`, N columns, on the same device.
     Returns (N, 3, size, size), float32 in [0, 1]. Each image has its own parameters.
@@ -50,7 +58,8 @@ def random_views(
         x = random_crop_flip(images[chosen], own, size, crop_scale, flip_probability)
         x = random_color_jitter(x, own[JITTER], hue_place, color_strength)
         keep = (own[GRAY] >= grayscale_probability).float().view(-1, 1, 1, 1)
-        views[group] = torch.lerp(grayscale(x), x, keep)
+        x = torch.lerp(grayscale(x), x, keep)
+        views[group] = random_blur(x, own[BLUR], blur_probability) if blur_probability > 0 else x
     return views[:n]
 
 
@@ -207,3 +216,27 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     k = (hue + 6 * shift) - least
     k = k.sub_((k / 6).round_(), alpha=6).abs_()  # the shorter way round
     return value - k.neg_().add_(2).clamp_(0, 1).mul_(chroma)
+
+
+def random_blur(x: Tensor, u: Tensor, probability: float) -> Tensor:
+    """`gaussian_blur` with this probability and σ uniform in [0.1, 2] (App. A); u: (2, N)."""
+    identity = 1e-3  # pixels: the weight of a neighbour, exp(-500,000), is 0
+    return gaussian_blur(x, torch.where(u[0] < probability, 0.1 + 1.9 * u[1], identity))
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur every image with its own σ (N,), in pixels, as torchvision's; x: (N, 3, S, S) in [0, 1].
+
+    The kernel is a tenth of the side (App. A), rounded down, and then up to an odd number as in the
+    paper's code: 23 pixels at 224, 3 at 32, and 1, which changes nothing, below 20. Each channel of
+    each image is a group of two convolutions, one along the rows and one along the columns.
+    """
+    n, channels, size, _ = x.shape
+    radius = size // 10 // 2
+    offset = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = (-0.5 * (offset / sigma[:, None]) ** 2).softmax(dim=1)  # N×(2·radius + 1)
+    kernel = kernel.repeat_interleave(channels, dim=0)[:, None, None]
+    x = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[None]
+    x = F.conv2d(x, kernel, groups=n * channels)
+    x = F.conv2d(x, kernel.transpose(2, 3), groups=n * channels)
+    return x.view(n, channels, size, size).clamp_(0, 1)

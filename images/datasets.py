@@ -1,7 +1,7 @@
 """Datasets as one uint8 tensor: CIFAR-10, CIFAR-100, STL-10, digits, or a folder of images.
 
-A split is decoded once and kept on the training device (CIFAR-10: 154 MB), so that training needs
-neither PIL nor loader processes.
+A split is decoded once and kept on the training device (CIFAR-10: 154 MB) or in host memory, so
+that training needs neither PIL nor loader processes.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.utils import check_integrity
 
 from images.folder import list_folder, load_images, name_few
+from images.host import Images, place
 from system.errors import ConfigError, UserError
 
 DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
@@ -33,14 +34,15 @@ DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 class Split(NamedTuple):
     """One split of a dataset."""
 
-    images: Tensor  # (N, 3, H, W), uint8
+    images: Images  # (N, 3, H, W), uint8
     labels: Tensor  # (N,), int64 in [0, len(classes)); -1 where the split has no labels
     classes: list[str]  # none if the dataset has no labels at all
     remarks: tuple[str, ...] = ()  # what to tell once the split is used: files left out, no kNN
 
     def to(self, device: torch.device) -> "Split":
-        """The same split on `device`."""
-        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+        """The same split on `device`; its images in host memory if they do not fit there."""
+        images, labels = place(self.images, device), self.labels.to(device)
+        return self._replace(images=images, labels=labels)
 
 
 def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers: int = 1) -> Split:
@@ -106,8 +108,8 @@ def hold_out(labels: Tensor, fraction: float, seed: int, remedy: str) -> tuple[T
 
 def load_pretraining(
     dataset: str, data_dir: str, image_size: int, workers: int, device: torch.device, knn: bool
-) -> tuple[Tensor, str, tuple[Split, Tensor, Tensor] | None, tuple[str, ...]]:
-    """Training images on the device, their fingerprint (shape and SHA-256), data for kNN, remarks.
+) -> tuple[Images, str, tuple[Split, Tensor, Tensor] | None, tuple[str, ...]]:
+    """Training images for the device, their fingerprint (shape and SHA-256), data for kNN, remarks.
 
     The third is, if `knn`, the labelled training images and the indices of bank and queries. The
     queries are the same stratified tenth in every run, held out of the bank, not of pretraining.

@@ -72,7 +72,7 @@ def mistake(case: str) -> list:
         return [wrong]
     if case == "numbers of its own":
         right = simclr.draw
-        return [patch.object(simclr, "draw", lambda n, rng: right(n, rng).roll(rank, 1))]
+        return [patch.object(simclr, "draw", lambda *args: right(*args).roll(rank, 1))]
     return []
 
 

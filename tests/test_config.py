@@ -26,7 +26,8 @@ def test_defaults(config):
         "temperature": 0.5, "finetune_epochs": 100, "load_epoch": None, "device": "auto",
         "image_size": 32, "min_learning_rate": 1e-3, "finetune_learning_rate": 0.2,
         "crop_scale": [0.08, 1.0], "color_strength": 0.5, "grayscale_probability": 0.2,
-        "flip_probability": 0.5, "checkpoint": None, "precision": "auto", "compile": "auto",
+        "flip_probability": 0.5, "blur_probability": 0.0, "checkpoint": None,
+        "precision": "auto", "compile": "auto",
         "activation_checkpointing": False, "view_sizes": None,
     }  # fmt: skip
     assert {key: cfg[key] for key in given} == given
@@ -157,6 +158,7 @@ BAD = [
     ("sync_batchnorm", "2", "true or false"),
     ("flip_probability", "1.1", "from 0 to 1"),
     ("grayscale_probability", "-0.1", "from 0 to 1"),
+    ("blur_probability", "2", "from 0 to 1"),
     ("color_strength", "3", "from 0 to 2.5"),
     ("seed", "-1", "integer from 0"),
     ("seed", "1e3", "integer from 0"),
@@ -242,6 +244,16 @@ def test_small_views_take_the_stem_for_small_images(config):
     for size in ("image_size=31", "view_sizes=[[16,0.5],[32,0.5]]"):
         with pytest.raises(ConfigError, match="cifar_stem=false: must be true for views of "):
             config("cifar_stem=false", size)
+
+
+def test_a_blur_of_one_pixel_is_refused(config):
+    config("blur_probability=0.5", "image_size=20")
+    for size in ("image_size=19", "view_sizes=[[16,0.5],[32,0.5]]"):
+        config(size)
+        with pytest.raises(
+            ConfigError, match=r"blur_probability=0\.5: must be 0 for views of 1\d "
+        ):
+            config("blur_probability=0.5", size)
 
 
 def test_a_sweep_finds_its_folders_again_when_what_may_change_has_changed():

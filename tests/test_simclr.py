@@ -209,13 +209,14 @@ def test_the_config_reaches_the_augmentation(run, monkeypatch):
         ),
     )
     run(
-        "image_size=9",
+        "image_size=21",
         "crop_scale=[0.3,0.7]",
         "flip_probability=0.1",
         "color_strength=0.7",
         "grayscale_probability=0.4",
+        "blur_probability=0.3",
     )
-    assert set(seen) == {(9, (0.3, 0.7), 0.1, 0.7, 0.4)}
+    assert set(seen) == {(21, (0.3, 0.7), 0.1, 0.7, 0.4, 0.3)}
 
 
 def test_the_config_reaches_the_optimizer(run, monkeypatch):

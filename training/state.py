@@ -44,10 +44,10 @@ class Training:
     seconds: float = 0.0  # that those steps took
     history: list[dict[str, float | None]] = field(default_factory=list)  # metrics.jsonl
 
-    def start_epoch(self, images: Tensor) -> Tensor:
+    def start_epoch(self, images: int) -> Tensor:
         """The order of the images in this epoch: a new permutation, or that of a resumed epoch."""
         if self.order is None:
-            self.order = torch.randperm(len(images), device=images.device, generator=self.rng)
+            self.order = torch.randperm(images, device=self.rng.device, generator=self.rng)
         return self.order
 
     @property
