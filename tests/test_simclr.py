@@ -415,7 +415,7 @@ def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(toy,
     cfg = toy("precision=fp16", "projection_dim=4", "hidden_dim=8")
     training = simclr.start_training(cfg, torch.device("cpu"), 2)
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    simclr.set_learning_rate(optimizer, 0.1)
+    optim.set_learning_rate(optimizer, 0.1)
     plain = copy.deepcopy(model)
     before = [weight.detach().clone() for weight in model.parameters()]
     views = torch.rand(8, 3, 8, 8)
@@ -489,7 +489,7 @@ def test_a_whole_step_runs_on_the_meta_device(toy, backbone, recompute):
         order = torch.randperm(30)
         u = torch.rand(36, 12)
     optimizer = simclr.make_optimizer("sgd", model.parameters(), 0.9, 1e-6)
-    simclr.set_learning_rate(optimizer, 0.1)
+    optim.set_learning_rate(optimizer, 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with NoCopies(), NoSync():
         batch = images[order[:6]].repeat(2, 1, 1, 1)
