@@ -103,7 +103,7 @@ def test_auto_compiles_runs_that_earn_the_time_back(trials, monkeypatch):
         assert select_compile("auto", where, enough) is True and trials.pop() == where
         assert select_compile("auto", where, enough - 1) is False
         assert select_compile("auto", where, enough, supported=False) is False
-    assert device.COMPILE_PAYS["cuda"] == 20_000_000
+    assert device.COMPILE_PAYS["cuda"] == 7_000_000
     assert select_compile("auto", MPS, 10**12) is False
     assert select_compile(False, CPU, 10**12) is False
     assert not trials  # trying it takes seconds
