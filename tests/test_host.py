@@ -15,7 +15,7 @@ import torch
 import plot
 import simclr
 import simclr_lin
-from evaluation import features
+from evaluation import features, protocols
 from images import host
 from images.datasets import load_split
 from images.host import HostImages, batches, describe, place, take
@@ -166,7 +166,7 @@ def test_evaluation_from_host_memory_gives_the_same_results(
 ):
     file = trained / "simclr_resnet18_epoch2.pt"
     overrides = "protocols=[knn,linear,linear_clean,logistic,finetune]", "precision=fp32"
-    chosen = "baselines=[pixels]", "labels=6", "batch_size=2", "finetune_learning_rate=[0.01,0.1]"
+    chosen = "baselines=[pixels]", "labels=6", "batch_size=4", "finetune_learning_rate=[0.01,0.1]"
     cfg = toy(*overrides, *chosen, peak="finetune_learning_rate")
     scored = []
     score = simclr_lin.report.score
@@ -176,12 +176,13 @@ def test_evaluation_from_host_memory_gives_the_same_results(
         return score(result, labels, seconds)
 
     monkeypatch.setattr(simclr_lin.report, "score", noted)
+    monkeypatch.setattr(protocols, "VALIDATION_FRACTION", 0.5)
     simclr_lin.evaluate(cfg, file, tmp_path)
     sizes = in_host_memory()
     simclr_lin.evaluate(cfg, file, tmp_path)
     expected, found = scored[: len(scored) // 2], scored[len(scored) // 2 :]
     assert len(found) == 9
-    assert max(sizes) == 2  # batches alone, not the held-out images at once
+    assert max(sizes) == 4  # batches alone, never the 9 held-out images at once
     for pair in zip(expected, found, strict=True):
         assert torch.equal(*pair)
 
