@@ -33,7 +33,7 @@ def read_run(run: Path) -> dict[str, Any]:
         lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
         last = lines[-1] if lines else {"epoch": 0, "knn_acc": None}  # in its first epoch
         file = run / "results.json"
-        results = json.loads(file.read_text()) if file.is_file() else {}
+        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         config = OmegaConf.to_container(OmegaConf.load(path))
         return {"run": str(run), "config": config, **last, "results": results}
     except (ValueError, YAMLError) as error:

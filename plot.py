@@ -201,7 +201,7 @@ def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figu
         else:
             print(f"no checkpoint in {run} yet: neither embedding nor neighbours")
         file = run / "results.json"
-        results = json.loads(file.read_text()) if file.exists() else {}
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if "confusion" in results:
             yield "confusion", plot_confusion(results)
         else:

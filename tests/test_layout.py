@@ -91,3 +91,23 @@ def test_commands_and_the_training_loop_are_short():
     functions = ast.walk(ast.parse(MODULES["simclr"].read_text()))
     [train] = [node for node in functions if getattr(node, "name", "") == "train"]
     assert train.end_lineno - train.lineno + 1 <= 45
+
+
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+EVERYWHERE = {"SIGINT", "SIGTERM", "SIGABRT", "SIGFPE", "SIGILL", "SIGSEGV"}  # signals of Windows
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_stands_against_windows(name):
+    """No module, signal or function that only POSIX systems have, and no encoding left to them."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    assert not POSIX_ONLY & set(imports(ast.unparse(tree)))
+    for node in ast.walk(tree):
+        text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Call) else ""
+        if isinstance(node, ast.Attribute) and text.startswith("signal.SIG"):
+            assert node.attr in EVERYWHERE, f"{text}: take it by getattr"
+        assert text not in ("os.fork", "os.getuid", "os.geteuid", "os.killpg", "os.sysconf"), text
+        if isinstance(node, ast.Call) and text.split("(")[0].endswith(
+            (".read_text", ".write_text")
+        ):
+            assert "encoding=" in text, f"{text}: Windows would take its own encoding"
