@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.datasets.utils import check_integrity
 
-from images.folder import list_folder, load_images, name_few
+from images.folder import decode, find_images, list_folder, name_few
 from images.host import Images, place
 from system.errors import ConfigError, UserError
 
@@ -202,13 +202,14 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
             f"{root} must have the classes of {root.with_name('train')}: "
             f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
         )
-    images, labels = [], []
+    files, labels = [], []
     for label, folder in [(-1, root)] if loose else enumerate(root / name for name in classes):
-        files, pixels = load_images(folder, image_size, workers, data_dir, without=others)
-        images.append(pixels)
-        labels += [label] * len(files)
+        found = find_images(folder, data_dir, without=others)
+        files += found
+        labels += [label] * len(found)
+    images = decode(files, image_size, workers)
     remarks = tuple(_remarks(root, split, classes, loose, others))
-    return Split(torch.cat(images), torch.tensor(labels), [] if loose else classes, remarks)
+    return Split(images, torch.tensor(labels), [] if loose else classes, remarks)
 
 
 def _remarks(

@@ -59,24 +59,43 @@ def _is_image(path: Path) -> bool:
 
 
 def load_images(
-    folder: Path,
-    image_size: int,
-    workers: int,
-    within: Path | None = None,
-    without: Sequence[Path] = (),
+    folder: Path, image_size: int, workers: int, within: Path | None = None
 ) -> tuple[list[Path], Tensor]:
-    """Load all images below a folder: sorted paths, and (N, 3, image_size, image_size) uint8.
+    """All images below a folder: sorted paths, and (N, 3, image_size, image_size) uint8.
 
-    Files in `without` are left out. Raises UserError if there is no other, for a file that is not a
-    single image, and for a link out of `within` (None: out of the folder).
+    Raises UserError as `find_images` and `decode`.
+    """
+    files = find_images(folder, within)
+    return files, decode(files, image_size, workers)
+
+
+def find_images(
+    folder: Path, within: Path | None = None, without: Sequence[Path] = ()
+) -> list[Path]:
+    """The sorted paths of all files below a folder, but for those in `without`.
+
+    Raises UserError if there is none, and for a link out of `within` (None: out of the folder).
     """
     files = sorted(_visible_files(folder, within or folder) - {*without})
     if not files:
         raise UserError(f"{folder} has no image: add some, or leave the folder out")
+    return files
+
+
+def decode(files: list[Path], image_size: int, workers: int) -> Tensor:
+    """The images in the files, (N, 3, image_size, image_size) uint8, with no second copy of them.
+
+    Raises UserError for a file that is not a single image.
+    """
+    images = np.empty((len(files), 3, image_size, image_size), np.uint8)
+
+    def fill(n: int) -> None:
+        images[n] = _decode(files[n], image_size)
+
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 90 million pixels
-        images = list(pool.map(lambda path: _decode(path, image_size), files))
-    return files, torch.from_numpy(np.stack(images))
+        list(pool.map(fill, range(len(files))))
+    return torch.from_numpy(images)
 
 
 def _visible_files(folder: Path, within: Path) -> set[Path]:

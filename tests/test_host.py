@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch
 import plot
 import simclr
 import simclr_lin
+from evaluation import features, protocols
 from images import host
+from images.datasets import load_split
 from images.host import HostImages, batches, describe, place, take
 from system.checkpoint import load_checkpoint
 from system.errors import Stopped
@@ -85,6 +88,26 @@ def test_bytes_and_place_are_said(monkeypatch):
     assert describe(digits, "cifar10") == "50,000 images of cifar10 (153.6 MB on meta)"
 
 
+def test_a_folder_is_loaded_with_no_second_copy(write_images, tmp_path):
+    data = write_images(tmp_path / "images", train=20)
+    load_split("folder", str(data), "train", 8)  # imports
+    tracemalloc.start()
+    images = load_split("folder", str(data), "train", 192).images
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(images) == 60 and peak < 1.2 * images.nbytes
+
+
+def test_the_bar_of_features_counts_the_batches(monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        features, "tqdm", lambda parts, name, total, **style: counts.append(total) or parts
+    )
+    for images in (pixels(9), HostImages(pixels(9), CPU)):
+        features.clean_features(torch.nn.Flatten(), images, 4, 4, torch.float32)
+    assert counts == [3, 3]
+
+
 def outcome(folder):
     """All that two equal runs have in common: metrics, and the training state as bytes."""
     state = load_checkpoint(folder / "simclr_resnet18_last.pt")
@@ -120,7 +143,8 @@ def run(thin, toy, tmp_path, monkeypatch):
 def test_a_run_from_host_memory_is_the_same_run_bit_for_bit(run, in_host_memory, caplog):
     caplog.set_level("INFO")
     expected = run("device")
-    assert "24 images of folder (0.0 MB on cpu), resnet18, recipe published, on cpu in fp32, not compiled" in caplog.text
+    settings = "resnet18, recipe published, on cpu in fp32, not compiled"
+    assert f"24 images of folder (0.0 MB on cpu), {settings}, in " in caplog.text
     sizes = in_host_memory()
     assert run("host") == expected
     assert sizes == [8, 8, 8, 16, 8] * 2  # the steps of an epoch, then the batches of its kNN
@@ -142,7 +166,7 @@ def test_evaluation_from_host_memory_gives_the_same_results(
 ):
     file = trained / "simclr_resnet18_epoch2.pt"
     overrides = "protocols=[knn,linear,linear_clean,logistic,finetune]", "precision=fp32"
-    chosen = "baselines=[pixels]", "labels=6", "finetune_learning_rate=[0.01,0.1]"
+    chosen = "baselines=[pixels]", "labels=6", "batch_size=4", "finetune_learning_rate=[0.01,0.1]"
     cfg = toy(*overrides, *chosen, peak="finetune_learning_rate")
     scored = []
     score = simclr_lin.report.score
@@ -152,11 +176,13 @@ def test_evaluation_from_host_memory_gives_the_same_results(
         return score(result, labels, seconds)
 
     monkeypatch.setattr(simclr_lin.report, "score", noted)
+    monkeypatch.setattr(protocols, "VALIDATION_FRACTION", 0.5)
     simclr_lin.evaluate(cfg, file, tmp_path)
     sizes = in_host_memory()
     simclr_lin.evaluate(cfg, file, tmp_path)
     expected, found = scored[: len(scored) // 2], scored[len(scored) // 2 :]
-    assert sizes and len(found) == 9
+    assert len(found) == 9
+    assert max(sizes) == 4  # batches alone, never the 9 held-out images at once
     for pair in zip(expected, found, strict=True):
         assert torch.equal(*pair)
 
@@ -166,7 +192,8 @@ def test_predictions_and_pictures_from_host_memory(thin, toy, trained, tmp_path,
     cfg.predict = f"{cfg.data_dir}/test"
     sizes = in_host_memory()
     simclr_lin.predict(cfg, trained / "simclr_resnet18_epoch2.pt", tmp_path)
-    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 9 and sizes
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 9
+    assert sizes.count(1) == 1  # of the 9 images, in batches of 8; there are 24 training images
     del sizes[:]
     drawn = [name for name, _ in plot.pictures_of_checkpoint(trained, cfg)]
     assert drawn[-1] == "neighbours" and sizes
