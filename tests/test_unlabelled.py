@@ -25,9 +25,9 @@ ONE = "images/train has one class, class0, so there is no kNN"
 
 
 def loose(root: str = "images") -> None:
-    """24 images: directly in root/train, in a folder in it, and deeper."""
+    """24 images: directly in root/train, and in two folders that might be classes, one deeper."""
     rng = np.random.default_rng(0)
-    for place in ("", "more", "more/deep"):
+    for place in ("", "more", "other/deep"):
         folder = Path(root, "train", place)
         folder.mkdir(parents=True)
         for n in range(8):
