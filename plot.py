@@ -6,7 +6,7 @@
 
 curves       loss, contrastive accuracy, learning rate and kNN over the epochs
 views        images, each with eight of its random views
-embedding    t-SNE of the representations of test images (newest checkpoint)
+embedding    t-SNE of the representations of test images, before and after (newest checkpoint)
 neighbours   the first test image of each class, and its nearest training images
 confusion    confusion matrix of the linear evaluation, from results.json
 
@@ -35,10 +35,10 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
 from config import MAY_CHANGE, RULES, check_values, register_config
-from evaluation.features import clean_features
+from evaluation.features import build_encoder, clean_features
 from images.augment import draw, random_views
 from images.datasets import Split, draw_stratified, load_split, resize
-from system.checkpoint import find_checkpoint, load_encoder
+from system.checkpoint import find_checkpoint, load_checkpoint
 from system.commandline import describe_refusal
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
@@ -64,9 +64,8 @@ def plot_curves(runs: dict[str, tuple[DictConfig, list[dict[str, Any]]]]) -> Fig
         "knn_acc": ("kNN among training images", "accuracy in %", 100),
     }
     figure, axes = pyplot.subplots(2, 2, figsize=(8, 5.2), layout="constrained", sharex=True)
-    configs = [cfg for cfg, _ in runs.values()]
-    keys = [key for key in configs[0] if key not in MAY_CHANGE]
-    differing = [key for key in keys if any(cfg[key] != configs[0][key] for cfg in configs)]
+    first, *others = (cfg for cfg, _ in runs.values())
+    differing = [k for k in first if k not in MAY_CHANGE and any(c[k] != first[k] for c in others)]
     for axis, (name, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
         for run, (cfg, metrics) in runs.items():
             points = [(m["epoch"], factor * m[name]) for m in metrics if m.get(name) is not None]
@@ -96,20 +95,21 @@ def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8)
     return image_grid("An image and random views of it: any two make a positive pair", grid)[0]
 
 
-def plot_embedding(h: Tensor, labels: Tensor, classes: list[str]) -> Figure:
-    """t-SNE (cosine) of representations h (N, D), coloured by class."""
-    perplexity = min(30.0, (len(h) - 1) / 3)
-    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0)
-    points = tsne.fit_transform(h.float().cpu().numpy())
-    figure, axis = pyplot.subplots(figsize=(8, 6.2), layout="constrained")
-    for label, name in enumerate(classes):
-        own = points[(labels == label).cpu().numpy()]
-        style = {"color": COLORS[label % 10], "marker": MARKERS[(label // 10 + label) % 10]}
-        axis.scatter(*own.T, s=16, alpha=0.9, linewidths=0, rasterized=True, label=name, **style)
-    axis.set(title=f"Representations h of {len(h):,} test images", xticks=[], yticks=[],
-             xlabel="t-SNE 1", ylabel="t-SNE 2")  # fmt: skip
+def plot_embedding(panels: dict[str, Tensor], labels: Tensor, classes: list[str]) -> Figure:
+    """t-SNE (cosine) of each panel's representations h (N, D), coloured by class."""
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 3.9), layout="constrained")
+    figure.suptitle(f"t-SNE of the representations h of {len(labels):,} test images", fontsize=10)
+    perplexity = min(30.0, (len(labels) - 1) / 3)
+    for axis, (title, h) in zip(axes, panels.items(), strict=True):
+        tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0)
+        points = tsne.fit_transform(h.float().cpu().numpy())
+        for label in range(len(classes)):
+            own = points[(labels == label).cpu().numpy()]
+            style = {"color": COLORS[label % 10], "marker": MARKERS[(label // 10 + label) % 10]}
+            axis.scatter(*own.T, s=12, linewidths=0, rasterized=True, **style)
+        axis.set(title=title, xticks=[], yticks=[])
     if len(classes) <= 20:  # more would fill the picture
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+        figure.legend(axes[0].collections, classes, loc="outside right center", markerscale=2)
     return figure
 
 
@@ -128,8 +128,7 @@ def plot_neighbours(
         row[0].set_ylabel(test.classes[test.labels[q]], rotation=0, ha="right", va="center")
         for axis, label in zip(row[1:], train.labels[index], strict=True):
             right = bool(label == test.labels[q])
-            for side in axis.spines.values():
-                side.set(visible=True, color=RIGHT if right else WRONG, linewidth=2.5)
+            axis.spines[:].set(visible=True, color=RIGHT if right else WRONG, linewidth=2.5)
             if not right:
                 axis.set_xlabel(train.classes[label], color=WRONG, fontsize=7, labelpad=2)
     return figure
@@ -167,8 +166,12 @@ def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
 def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Figure]]:
     """The pictures that need the encoder: embedding and neighbours, from the newest checkpoint."""
     device, size = select_device(cfg.device), cfg.image_size
-    enc, _ = load_encoder(find_checkpoint(run, cfg.backbone, None))
-    enc = enc.to(device, memory_format=torch.channels_last)
+    path = find_checkpoint(run, cfg.backbone, None)
+    saved = load_checkpoint(path)
+    enc, untrained = (  # with the run's seed: its initial weights, unless it had an init
+        build_encoder(saved, path, name, cfg.seed)[0].to(device).eval()
+        for name in ("checkpoint", "random")
+    )
     data = cfg.dataset, cfg.data_dir
     try:
         splits = [load_split(*data, name, size, cfg.workers) for name in ("train", "test")]
@@ -180,8 +183,10 @@ def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Fi
     h, test_h = (clean_features(enc, split.images, *inference) for split in (train, test))
     chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
     if len(chosen) > 3:
-        yield "embedding", plot_embedding(test_h[chosen], test.labels[chosen], test.classes)
-    yield "neighbours", plot_neighbours(train, h, test, test_h, size)
+        before = clean_features(untrained, test.images[chosen], *inference)
+        panels = {"untrained network": before, f"after {saved['epoch']} epochs": test_h[chosen]}
+        yield "embedding", plot_embedding(panels, test.labels[chosen], test.classes)
+    yield "neighbours", plot_neighbours(train, h, test, test_h, cfg.image_size)
 
 
 def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figure]]:

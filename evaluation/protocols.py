@@ -88,7 +88,6 @@ def run_linear_on(task: EvaluationTask, views: Tensor) -> ProtocolResult:
     return select_and_fit(task, task.candidates, partial(fit_linear, task, views))
 
 
-ON_PIXELS = ("knn", "weighted_knn", "linear")  # the protocols for raw pixels
 RUN = {
     "knn": partial(run_knn, k=10),
     "weighted_knn": partial(run_knn, k=200, temperature=0.07),  # Wu et al. 2018
@@ -111,8 +110,8 @@ def protocols_for(
     """
     both = ["knn", "weighted_knn"]
     names = [name for protocol in protocols for name in (both if protocol == "knn" else [protocol])]
-    if encoder == "pixels":
-        names = [name for name in names if name in ON_PIXELS]
+    if encoder == "pixels":  # no network to fine-tune
+        names = [name for name in names if name != "finetune"]
     deterministic = both if encoder != "random" and not few_labels else []
     return [name for name in names if not (repeated and name in deterministic)]
 

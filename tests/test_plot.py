@@ -12,7 +12,11 @@ from PIL import Image
 
 import plot
 import simclr_lin
-from images.datasets import Split
+from evaluation.features import clean_features
+from images.datasets import Split, draw_stratified, load_split
+from simclr import start_training
+from system.checkpoint import load_encoder
+from system.device import select_precision
 
 
 @pytest.fixture
@@ -182,16 +186,44 @@ def test_neighbours_are_the_nearest_by_cosine_with_frames_of_their_class():
 def test_embedding_has_a_point_for_each_image_in_the_colour_of_its_class():
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
-    h = torch.nn.functional.one_hot(labels, 8) + 0.05 * torch.randn(60, 8)
-    figure = plot.plot_embedding(h, labels, ["a", "b", "c"])
-    axis = figure.axes[0]
-    points = [torch.from_numpy(c.get_offsets().data) for c in axis.collections]
-    assert [len(p) for p in points] == [20, 20, 20]
-    assert len({tuple(c.get_facecolor()[0]) for c in axis.collections}) == 3
-    centres = torch.stack([p.mean(dim=0) for p in points]).float()
-    for own, p in enumerate(points):  # classes that lie apart are drawn apart
-        assert (torch.cdist(p.float(), centres).argmin(dim=1) == own).float().mean() > 0.9
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "c"]
+    apart = torch.nn.functional.one_hot(labels, 8) + 0.05 * torch.randn(60, 8)
+    figure = plot.plot_embedding({"noise": torch.randn(60, 8), "h": apart}, labels, ["a", "b", "c"])
+    assert [axis.get_title() for axis in figure.axes] == ["noise", "h"]
+    shares = []
+    for axis in figure.axes:
+        points = [torch.from_numpy(c.get_offsets().data).float() for c in axis.collections]
+        assert [len(p) for p in points] == [20, 20, 20]
+        assert len({tuple(c.get_facecolor()[0]) for c in axis.collections}) == 3
+        centres = torch.stack([p.mean(dim=0) for p in points])
+        nearest = torch.stack([torch.cdist(p, centres).argmin(dim=1) for p in points])
+        shares.append((nearest == torch.arange(3)[:, None]).float().mean())
+    assert shares[0] < 0.8 and shares[1] > 0.9  # classes that lie apart are drawn apart
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "c"]
+    assert "60 test images" in figure.get_suptitle()
+    pyplot.close("all")
+
+
+def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monkeypatch):
+    """The same test images, and the initial weights of this very run."""
+    drawn = []
+    embedding = plot.plot_embedding
+    monkeypatch.setattr(
+        plot, "plot_embedding", lambda *args: drawn.append(args) or embedding(*args)
+    )
+    cfg = plot.read_config(run, [])
+    dict(plot.pictures_of_checkpoint(run, cfg))
+    [(panels, labels, _)] = drawn
+    assert list(panels) == ["untrained network", "after 2 epochs"]
+    before = start_training(cfg, torch.device("cpu"), 2).model.enc.eval()
+    after, _ = load_encoder(run / "simclr_resnet18_epoch2.pt")
+    test = load_split("folder", cfg.data_dir, "test", 8)
+    chosen = draw_stratified(test.labels, 0.999, seed=0)
+    assert len(chosen) > 3 and torch.equal(labels, test.labels[chosen])
+    dtype = select_precision(cfg.precision, torch.device("cpu"))
+    for enc, h in zip((before, after), panels.values(), strict=True):
+        assert torch.equal(h, clean_features(enc, test.images[chosen], 8, 8, dtype))
+    assert not torch.equal(*panels.values())
     pyplot.close("all")
 
 
