@@ -38,6 +38,7 @@ from config import MAY_CHANGE, RULES, check_values, register_config
 from evaluation.features import build_encoder, clean_features
 from images.augment import draw, random_views
 from images.datasets import Split, draw_stratified, load_split, resize
+from images.host import take
 from system.checkpoint import find_checkpoint, load_checkpoint
 from system.commandline import describe_refusal
 from system.device import select_device, select_precision
@@ -86,8 +87,7 @@ def plot_views(cfg: DictConfig, images: Tensor, rows: int = 8, columns: int = 8)
     rng, size = torch.Generator().manual_seed(cfg.seed), cfg.image_size
     chosen = images[torch.randperm(len(images), generator=rng)[:rows]].cpu()
     views = random_views(
-        chosen.repeat_interleave(columns, 0),
-        draw(columns * len(chosen), rng, cfg.blur_probability > 0), size,
+        chosen.repeat_interleave(columns, 0), draw(columns * len(chosen), rng, blur=True), size,
         tuple(cfg.crop_scale), cfg.flip_probability, cfg.color_strength,
         cfg.grayscale_probability, cfg.blur_probability,
     ).unflatten(0, (len(chosen), columns))  # fmt: skip
@@ -143,9 +143,9 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
     shown = ConfusionMatrixDisplay(matrix, display_labels=results["classes"] if few else None)
     shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
     axis.images[0].colorbar.set_label("% of the true class")
-    title = f"Linear evaluation with {results['training_images']:,} labelled training images: "
-    axis.set(title=f"{title}{results['linear_acc']:.1%} right",
-             xlabel="predicted class", ylabel="true class")  # fmt: skip
+    labels, right = results["training_images"], results["linear_acc"]
+    title = f"Linear evaluation with {labels:,} labelled training images: {right:.1%} right"
+    axis.set(title=title, xlabel="predicted class", ylabel="true class")
     return figure
 
 
@@ -166,24 +166,20 @@ def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
 def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Figure]]:
     """The pictures that need the encoder: embedding and neighbours, from the newest checkpoint."""
     device, size = select_device(cfg.device), cfg.image_size
-    path = find_checkpoint(run, cfg.backbone, None)
-    saved = load_checkpoint(path)
-    enc, untrained = (  # with the run's seed: its initial weights, unless it had an init
-        build_encoder(saved, path, name, cfg.seed)[0].to(device).eval()
-        for name in ("checkpoint", "random")
-    )
-    data = cfg.dataset, cfg.data_dir
+    saved = load_checkpoint(path := find_checkpoint(run, cfg.backbone, None))
+    names = "checkpoint", "random"  # with the run's seed: its initial weights, but with an init
+    encoders = [build_encoder(saved, path, name, cfg.seed)[0].to(device).eval() for name in names]
+    source = cfg.dataset, cfg.data_dir
     try:
-        splits = [load_split(*data, name, size, cfg.workers) for name in ("train", "test")]
+        splits = [load_split(*source, name, size, cfg.workers) for name in ("train", "test")]
     except UserError as error:
-        print(f"neither embedding nor neighbours: {error}")
-        return
+        return print(f"neither embedding nor neighbours: {error}")
     train, test = (split.to(device) for split in splits)
     inference = size, cfg.batch_size, select_precision(cfg.precision, device)
-    h, test_h = (clean_features(enc, split.images, *inference) for split in (train, test))
+    h, test_h = (clean_features(encoders[0], s.images, *inference) for s in (train, test))
     chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
     if len(chosen) > 3:
-        before = clean_features(untrained, test.images[chosen], *inference)
+        before = clean_features(encoders[1], take(test.images, chosen), *inference)
         panels = {"untrained network": before, f"after {saved['epoch']} epochs": test_h[chosen]}
         yield "embedding", plot_embedding(panels, test.labels[chosen], test.classes)
     yield "neighbours", plot_neighbours(train, h, test, test_h, cfg.image_size)

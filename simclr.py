@@ -1,14 +1,13 @@
 """SimCLR pretraining (Chen et al. 2020, arXiv 2002.05709) on one GPU, on several, or on a CPU.
 
     python simclr.py backbone=resnet18                        # CIFAR-10, 1000 epochs
-    python simclr.py batch_size=256 temperature=0.1           # any key of simclr_config.yml
-    python simclr.py dataset=digits image_size=16 epochs=5    # needs no download
+    python simclr.py recipe=digits temperature=0.1            # any key of simclr_config.yml
     torchrun --nproc_per_node=4 simclr.py                     # a quarter of the batch on each GPU
 
 Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run
-directory (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl with one line an epoch,
-the same for TensorBoard, checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py,
-and the training state from which the same command resumes after it was stopped.
+directory (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl (a line an epoch; also
+for TensorBoard), checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py, and the
+training state from which the same command resumes after it was stopped.
 """
 
 import logging
@@ -117,17 +116,14 @@ def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
     ends = cfg.learning_rate, cfg.min_learning_rate
     warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
     learning_rate = cosine_learning_rate(step, total_steps, *ends, warmup_steps)
-    return learning_rate, view_size(step, total_steps, view_sizes(cfg))
-
-
-def view_sizes(cfg: DictConfig) -> list[list[float]]:
-    """[[pixels, fraction of the steps], …] in the order of the run."""
-    return cfg.view_sizes or [[cfg.image_size, 1.0]]
+    return learning_rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1.0]])
 
 
 def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool = True) -> Training:
-    """Build model, optimizer and random state from cfg.seed; the encoder of a new run starts from
-    cfg.init. steps: of all epochs. Raises UserError as `load_init`."""
+    """Build model, optimizer and random state from cfg.seed, a new encoder from cfg.init if given.
+
+    steps: of the whole run. Raises UserError as `load_init`.
+    """
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.manual_seed(cfg.seed)  # initial weights
     memory = cfg.activation_checkpointing, cfg.micro_batch_size
@@ -139,9 +135,9 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
     weights, fused = model.parameters(), not scaler.is_enabled()
     optimizer = make_optimizer(cfg.optimizer, weights, cfg.momentum, cfg.weight_decay, fused)
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    # each size of the views is compiled for itself: the work of the least used one, in 32×32 views
-    least = min(fraction * (size / 32) ** 2 for size, fraction in view_sizes(cfg))
-    work = 2 * cfg.batch_size * steps * least
+    # each size is compiled for itself: the work in views of the least used one, in 32×32 views
+    shares = [part * (size / 32) ** 2 for size, part in cfg.view_sizes or [[cfg.image_size, 1.0]]]
+    work = 2 * cfg.batch_size * steps * min(shares)
     supported = memory == (False, None) and distributed.world_size() == 1
     compiled = select_compile(cfg.compile, device, work, supported)
     if compiled:
@@ -149,16 +145,16 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
     make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
     graphed = device.type == "cuda" and supported and fused
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
-    fixed = model, ddp_model, optimizer, scaler, rng, dtype, make_views
-    return Training(*fixed, compiled, graphed, init)
+    parts = model, ddp_model, optimizer, scaler, rng, dtype, make_views
+    return Training(*parts, compiled, graphed, init)
 
 
 def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
     """Pretrain an encoder with the checked config `cfg`, or resume the run in `run_dir`.
 
-    Returns the metrics of the last epoch. Raises ConfigError if a value does not fit the data, the
-    machine or the saved state; UserError if data or state cannot be used, another process trains
-    in `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
+    Returns the metrics of the last epoch. Raises ConfigError if a value does not fit data, machine
+    or saved state; UserError if data, init or state cannot be used, another process trains in
+    `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
     """
     device = select_device(cfg.device)
     precision = precision_name(select_precision(cfg.precision, device))
@@ -182,12 +178,10 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):
             del saved  # frees a second copy of the weights, with record's
-            log.info(
-                f"{describe(images, cfg.dataset)}, {cfg.backbone}, recipe {cfg.recipe}, on {device}"
-                f" in {precision}, {'' if training.compiled else 'not '}compiled, in {run_dir}"
-            )
-            for remark in remarks:
-                log.info(remark)
+            compiled = "compiled" if training.compiled else "not compiled"
+            used = f"{cfg.backbone}, recipe {cfg.recipe}, on {device} in {precision}, {compiled}"
+            for line in (f"{describe(images, cfg.dataset)}, {used}, in {run_dir}", *remarks):
+                log.info(line)
             train(cfg, training, images, knn, record)
     return log_summary(run_dir, config, training.history)
 
@@ -197,10 +191,7 @@ register_config()
 
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> float | None:
-    """Check the config, then pretrain in Hydra's run directory.
-
-    Returns what Hydra's sweepers optimise: the kNN accuracy of held-out training images.
-    """
+    """Check the config and pretrain; returns what sweepers optimise, the held-out kNN accuracy."""
     with one_line_errors():
         return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
 

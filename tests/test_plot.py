@@ -222,8 +222,10 @@ def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monk
     assert len(chosen) > 3 and torch.equal(labels, test.labels[chosen])
     dtype = select_precision(cfg.precision, torch.device("cpu"))
     for enc, h in zip((before, after), panels.values(), strict=True):
-        assert torch.equal(h, clean_features(enc, test.images[chosen], 8, 8, dtype))
-    assert not torch.equal(*panels.values())
+        own = clean_features(enc, test.images[chosen], 8, 8, dtype)  # in other batches
+        torch.testing.assert_close(h, own, rtol=0.03, atol=0.01)
+    first, last = panels.values()
+    assert (first - last).abs().max() > 0.05
     pyplot.close("all")
 
 

@@ -21,7 +21,7 @@ from models import SimCLR, nt_xent
 from system.checkpoint import load_checkpoint
 from system.device import precision_name, select_precision
 from system.errors import ConfigError, UserError
-from training import record
+from training import optim, record
 from training.metrics import alignment, uniformity
 from training.record import RunRecord
 
