@@ -47,15 +47,15 @@ class TwoViews(Dataset):
 
 
 def plain_loader(
-    images: Tensor, batch_size: int, transform: transforms.Compose, seed: int = 0
+    images: Tensor, batch_size: int, transform: transforms.Compose, seed: int = 0, workers: int = 2
 ) -> DataLoader:
-    """Batches of two views each, in a new random order every epoch, from two processes."""
+    """Batches of two views each, in a new random order every epoch, from loader processes."""
     return DataLoader(
         TwoViews(images, transform),
         batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=2,
+        num_workers=workers,
         persistent_workers=True,
         generator=torch.Generator().manual_seed(seed),
     )

@@ -117,7 +117,7 @@ def test_what_hydra_refuses_is_one_line_too(refuse, tmp_path, script):
     for override, message in (
         ("batchsize=3", "batchsize: no such key; did you mean batch_size? there are recipe, data"),
         ("hydra.nosuch=3", "hydra.nosuch: no such key; there are recipe"),
-        ("recipe=nosuch", "recipe=nosuch: must be one of digits, paper, published, simsiam"),
+        ("recipe=nosuch", "recipe=nosuch: must be one of digits, fast, paper, published, simsiam"),
         ("temperature", "parsing override 'temperature'"),
         ("temperature=[", "no viable alternative"),
     ):

@@ -61,7 +61,7 @@ def test_the_default_recipe_changes_nothing_and_the_others_state_their_values(co
     plain = {key: YAML[key] for key in KEYS if key != "recipe"}
     assert config() == {**OmegaConf.to_container(OmegaConf.create(plain), resolve=True),
                         "recipe": "published"}  # fmt: skip
-    assert set(YAML.recipes) == {"published", "simsiam", "paper", "digits"}
+    assert set(YAML.recipes) == {"published", "simsiam", "fast", "paper", "digits"}
     for name, values in YAML.recipes.items():
         cfg = config(f"recipe={name}")
         assert cfg.recipe == name and set(values or {}) < set(KEYS) - {"recipe"}
@@ -100,7 +100,7 @@ def test_the_entry_points_start_where_argparse_checks_help_texts(call, monkeypat
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", checked)
     for script in ("simclr.py", "simclr_lin.py"):
         code, error = call(script, "--help")
-        assert code == 0 and "recipe: digits, paper, published, simsiam" in call.stdout, error
+        assert code == 0 and "recipe: digits, fast, paper, published, simsiam" in call.stdout, error
     parser = argparse.ArgumentParser()
     with pytest.raises(ValueError, match="badly formed"):
         parser.add_argument("--rate", help="100 %")  # all other help texts are checked as before
