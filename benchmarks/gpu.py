@@ -54,7 +54,7 @@ def run(
     images: Tensor, steps: int, graphed: bool, *overrides: str
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
     """The metrics of each step, the weights at the end, and times and memory."""
-    cfg = config("recipe=simsiam", "epochs=100", "compile=false", *overrides)
+    cfg = config("recipe=simsiam", "epochs=100", "compile=false", "min_learning_rate=0", *overrides)
     cuda = images.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

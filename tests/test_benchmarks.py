@@ -13,7 +13,6 @@ COMMANDS = {
     "linear_eval.py --epochs 2 --images 1 --repeats 1": "linear_eval_vs_every_epoch",
     "gpu.py --batch 8 --images 16 --sizes 8 --steps 2 --workers 1": "ms",
     "memory.py --backbone resnet18 --batch 4": "resnet18_4_bf16_checkpointed",
-    "gpu.py --batch 8 --images 16 --sizes 8 --steps 2 --workers 1": "ms",
     "memory.py --backbone resnet18 --batch 4 --micro 2": "resnet18_4_bf16",
     "placement.py --size 32 --batch 4 --images 8 --repeats 1": "host_vs_device",
     "scaling.py --processes 2 --batch 8 --repeats 1": "speed_2",

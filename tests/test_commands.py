@@ -170,6 +170,21 @@ def test_a_sweep_gives_each_job_a_directory_named_after_its_overrides(run, thin,
     assert [row["encoder"] for row in results["protocols"]] == ["checkpoint"] * 3 + ["pixels"] * 3
 
 
+def test_recipes_in_a_sweep_and_in_the_other_commands(run, thin, tmp_path):
+    recipes = "recipe=published,simsiam"
+    run("simclr.py", "-m", recipes, "epochs=1", *TOY)
+    found = sorted((tmp_path / "logs").rglob("metrics.jsonl"))
+    configs = [OmegaConf.load(path.parent / "config.yaml") for path in found]
+    for path, recipe in zip(found, ("published", "simsiam"), strict=True):
+        assert f"recipe-{recipe}" in path.parent.name
+    assert [cfg.recipe for cfg in configs] == ["published", "simsiam"]
+    assert [cfg.weight_decay for cfg in configs] == [1e-6, 5e-4]
+    run("simclr_lin.py", "-m", recipes, "epochs=1", *TOY, "finetune_epochs=1")
+    assert all((path.parent / "results.json").is_file() for path in found)
+    run("plot.py", "recipe=digits", "--out", "pictures")
+    assert (tmp_path / "pictures" / "views.png").is_file()
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(("backend", "sizes"), [("inductor", [12]), ("eager", [8, 12])])
 def test_a_compiled_run_is_evaluated_like_any_other(
