@@ -71,7 +71,7 @@ VIEW_SIZES: Rule = (
 )
 
 RULES: dict[str, Rule] = {
-    "recipe": PATH,  # a name, which Hydra checks
+    "recipe": (lambda value: isinstance(value, str), "the name of a recipe"),  # Hydra knows which
     "dataset": one_of(DATASETS),
     "data_dir": PATH,
     "image_size": PIXELS,
@@ -194,7 +194,7 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
         allowed = f"0 for views of {smallest} pixels: below 20 the kernel, a tenth, is one pixel"
         _refuse(cfg, "blur_probability", allowed)
     if pretraining and cfg.warmup_epochs >= cfg.epochs:
-        _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}")
+        _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}; 0 leaves it out")
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
     if cfg.min_learning_rate > lowest:
         reason = f"at most {peak}, which is {lowest:g} (it follows batch_size unless set)"

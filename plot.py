@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize
-from hydra.errors import HydraException
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +39,7 @@ from images.augment import draw, random_views
 from images.datasets import Split, draw_stratified, load_split, resize
 from images.host import take
 from system.checkpoint import find_checkpoint, load_checkpoint
-from system.commandline import describe_refusal
+from system.commandline import refusals
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import write_file
@@ -173,6 +172,8 @@ def pictures_of_checkpoint(run: Path, cfg: DictConfig) -> Iterator[tuple[str, Fi
     try:
         splits = [load_split(*source, name, size, cfg.workers) for name in ("train", "test")]
     except UserError as error:
+        if cfg.dataset != "folder":
+            raise
         return print(f"neither embedding nor neighbours: {error}")
     train, test = (split.to(device) for split in splits)
     inference = size, cfg.batch_size, select_precision(cfg.precision, device)
@@ -212,18 +213,16 @@ def pictures(runs: list[Path], overrides: list[str]) -> Iterator[tuple[str, Figu
 def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
     """The checked config of a run, or of simclr_config.yml if `run` is None, with overrides."""
     register_config()
+    given = {override.split("=")[0] for override in overrides}
+    if run is not None and "recipe" in given:
+        raise ConfigError(f"recipe: must be left out beside {run}, whose config has the values")
+    with refusals(RULES, overrides), initialize(version_base="1.3", config_path=None):
+        cfg = compose("simclr_config", overrides=overrides)
     try:
-        with initialize(version_base="1.3", config_path=None):
-            cfg = compose("simclr_config", overrides=overrides)
-            if run is not None:
-                given = {override.split("=")[0] for override in overrides}
-                saved = OmegaConf.load(run / "config.yaml")
-                cfg = OmegaConf.merge(cfg, {k: saved[k] for k in set(saved) & set(cfg) - given})
-            return check_values(cfg)
+        saved = {} if run is None else OmegaConf.load(run / "config.yaml")
     except OSError:
         raise UserError(f"{run} is not a run directory: it has no config.yaml") from None
-    except HydraException as error:
-        raise ConfigError(describe_refusal(error, RULES)) from None
+    return check_values(OmegaConf.merge(cfg, {k: saved[k] for k in set(saved) & set(cfg) - given}))
 
 
 def main() -> None:

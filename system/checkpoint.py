@@ -116,7 +116,11 @@ def load_init(enc: nn.Module, init: str) -> str:
     The head in it is left out, as is a `conv1` of another shape (3×3 or 7×7), which stays random.
     Raises UserError if anything else does not fit or is not finite.
     """
-    saved = _read(Path(os.path.expanduser(init)), unzipped=True)
+    path = Path(os.path.expanduser(init))
+    if not path.is_file():
+        found = describe_checkpoints(path) if path.is_dir() else "there is no such file"
+        raise UserError(f"init={init}: must be a file with weights; {found}")
+    saved = _read(path, unzipped=True)
     weights = _without_prefix(saved, init)
     heads = sorted({key.split(".")[0] for key in weights} & HEADS)
     weights = {key: value for key, value in weights.items() if key.split(".")[0] not in heads}

@@ -2,9 +2,13 @@
 
 import difflib
 import os
+import sys
 from argparse import Action, ArgumentParser
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
@@ -14,18 +18,34 @@ from system.errors import ConfigError, one_line_errors
 
 def run_command(main: Callable[[], Any], keys: Iterable[str]) -> None:
     """Run a script's main function under Hydra; what Hydra refuses is one line too."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise, where it would print several lines
-    with one_line_errors():
-        try:
-            main()
-        except HydraException as error:
-            raise ConfigError(describe_refusal(error, keys)) from None
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, where it would print several lines
+    with one_line_errors(), refusals(keys, sys.argv[1:]):
+        main()
+
+
+@contextmanager
+def refusals(keys: Iterable[str], overrides: list[str]) -> Iterator[None]:
+    """Turn what Hydra refuses in the block into ConfigError; `keys` are those of the config.
+
+    Several recipes at once are refused here: Hydra would mix them under the name of the last.
+    """
+    for override in overrides:
+        if override.startswith("recipe=["):
+            raise ConfigError(f"{override}: must be the name of one recipe")
+    try:
+        yield
+    except HydraException as error:
+        raise ConfigError(describe_refusal(error, keys)) from None
+    except ValueError as error:  # Hydra's own for a few mistakes; any other is a bug of ours
+        if "hydra" not in Path(extract_tb(error.__traceback__)[-1].filename).parts:
+            raise
+        raise ConfigError(str(error)) from None
 
 
 def describe_refusal(error: HydraException, keys: Iterable[str]) -> str:
     """What is wrong with the command line, and what is allowed."""
     if isinstance(error, MissingConfigException) and error.options:
-        group, name = str(error.missing_cfg_file).split("/")
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: must be one of {', '.join(error.options)}"
     key = getattr(error.__cause__, "full_key", None)  # of OmegaConf's error
     if isinstance(key, str) and key not in keys:
@@ -35,6 +55,8 @@ def describe_refusal(error: HydraException, keys: Iterable[str]) -> str:
 
 def no_such_key(key: str, keys: Iterable[str]) -> str:
     """The message for a key that is not in the config."""
+    if key.startswith("hydra."):
+        return f"{key}: no such key"
     near = difflib.get_close_matches(key, keys, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{key}: no such key; {hint}there are {', '.join(keys)}"

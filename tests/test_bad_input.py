@@ -116,7 +116,11 @@ def test_an_unknown_user_or_an_overlong_name_is_a_path_that_is_not_there(refuse)
 def test_what_hydra_refuses_is_one_line_too(refuse, tmp_path, script):
     for override, message in (
         ("batchsize=3", "batchsize: no such key; did you mean batch_size? there are recipe, data"),
-        ("hydra.nosuch=3", "hydra.nosuch: no such key; there are recipe"),
+        ("hydra.nosuch=3", "hydra.nosuch: no such key"),
+        ("hydra/launcher=nosuch", "hydra/launcher=nosuch: must be one of basic"),
+        ("recipe=[digits,simsiam]", "recipe=[digits,simsiam]: must be the name of one recipe"),
+        ("recipe=null", "must be a string or a list"),
+        ("~recipe", "recipe: must be the name of a recipe"),
         ("recipe=nosuch", "recipe=nosuch: must be one of digits, fast, paper, published, simsiam"),
         ("temperature", "parsing override 'temperature'"),
         ("temperature=[", "no viable alternative"),

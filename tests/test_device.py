@@ -34,7 +34,8 @@ def test_auto_prefers_cuda_then_mps(monkeypatch):
 
 
 def cpu_with(monkeypatch, *capabilities):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
+    there = dict.fromkeys(capabilities, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
 
 
 def test_auto_precision_is_bf16_where_the_hardware_has_it(monkeypatch):

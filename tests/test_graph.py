@@ -1,6 +1,6 @@
 """A training step as a CUDA graph: the same results as eagerly. On a GPU with the real graph."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -28,7 +28,13 @@ class FakeGraph:
 def test_a_replayed_step_gets_batch_noise_and_learning_rate_of_each_step(monkeypatch):
     made = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(FakeGraph()) or made[-1])
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+
+    @contextmanager
+    def recording(graph):  # what it reads anew in each replay must be the tensors
+        assert optimizer.param_groups[0]["lr"] is FakeGraph.runner.learning_rate
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
 
     def step(batch, noise, size):

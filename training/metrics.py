@@ -81,12 +81,10 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
     """Read metrics.jsonl of a run directory, a dict per epoch. Raises UserError without one."""
     try:
-        *lines, _ = (
-            (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        )  # the last: cut, or empty
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{run} has no epoch to show: metrics.jsonl, {error.strerror}") from None
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # the last: cut, or empty
 
 
 def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None:
