@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -625,3 +626,15 @@ def test_main_returns_the_knn_accuracy_for_hydra_s_sweepers(toy, tmp_path, monke
     monkeypatch.setattr(simclr, "run_directory", lambda: tmp_path)
     found = simclr.main.__wrapped__(toy("epochs=1"))
     assert found == metrics(tmp_path)[-1]["knn_acc"] and 0 <= found <= 1
+
+
+def test_the_end_line_names_loss_and_accuracy_of_a_collapsed_encoder(caplog):
+    caplog.set_level("INFO")
+    line = {"epoch": 9, "loss": 5.1787, "contrastive_accuracy": 0.866, "knn_acc": None}
+    config = {"batch_size": 512, "backbone": "resnet18"}
+    assert record.log_summary(Path("run"), config, [{}, line]) == line
+    assert "loss 5.1787 (collapsed: 6.9305), contrastive accuracy 86.6% (collapsed: 0.1%);" in (
+        caplog.text
+    )
+    z = torch.ones(2, 512, 8)  # log(2N - 1), as the loss itself gives
+    assert f"{nt_xent(*z)[0].item():.4f}" == "6.9305"
