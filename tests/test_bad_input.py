@@ -576,8 +576,11 @@ def test_bad_checkpoints_and_evaluations_are_refused(refuse, trained, tmp_path, 
 
 
 BAD_INITS = {
-    "no such file": (lambda: None, "no checkpoint x.pth: . has no .pt file"),
-    "a directory": (lambda: Path("x.pth").mkdir(), "no checkpoint x.pth"),
+    "no such file": (
+        lambda: None,
+        "init=x.pth: must be a file with weights; there is no such file",
+    ),
+    "a directory": (lambda: Path("x.pth").mkdir(), "a file with weights; x.pth has no .pt file"),
     "empty": (lambda: Path("x.pth").write_bytes(b""), "x.pth is damaged or no checkpoint"),
     "text": (lambda: Path("x.pth").write_text("text"), "x.pth is damaged or no checkpoint"),
     "truncated": (
