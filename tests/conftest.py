@@ -1,10 +1,13 @@
 """What the tests share: a checked config with overrides, small images, a trained toy run."""
 
 import ctypes
+import itertools
 import logging
 import os
 import runpy
+import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -85,6 +88,20 @@ def write_images() -> Callable[..., Path]:
 def toy(tmp_path) -> Callable[..., DictConfig]:
     """A config for runs of a second: 24 training and 9 test images of 3 classes, 8×8 pixels."""
     return partial(toy_config, make_images(tmp_path / "images", train=8, test=3))
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
+    """SIGTERM comes while step `number` from here on is computed; None: no signal."""
+    step, count = getattr(simclr.train_step, "whole", simclr.train_step), itertools.count(1)
+
+    def counted(*args: object) -> dict[str, torch.Tensor]:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # until the thread that listens has noted it
+        return step(*args)
+
+    counted.whole = step
+    monkeypatch.setattr(simclr, "train_step", counted)
 
 
 def thin_resnet(weights: None, **options: object) -> ResNet:

@@ -4,13 +4,12 @@ Without a GPU the copies are those of a CPU to itself; the tests marked `gpu` ne
 """
 
 import json
-import os
-import signal
 import time
 import tracemalloc
 
 import pytest
 import torch
+from conftest import stop_in_step
 
 import plot
 import simclr
@@ -120,19 +119,10 @@ def outcome(folder):
 @pytest.fixture
 def run(thin, toy, tmp_path, monkeypatch):
     """run(name, stop=k): pretrain; a SIGTERM comes in the k-th step of this call."""
-    step = simclr.train_step
 
     def pretrain(name, stop=None):
         (tmp_path / name).mkdir(exist_ok=True)
-        count = iter(range(1, 1000))
-
-        def counted(*args):
-            if next(count) == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.1)  # until the thread that listens has noted it
-            return step(*args)
-
-        monkeypatch.setattr(simclr, "train_step", counted)
+        stop_in_step(monkeypatch, stop)
         cfg = toy("projection_dim=8", "hidden_dim=16", "knn_interval=1", "precision=fp32")
         simclr.pretrain(cfg, tmp_path / name)
         return outcome(tmp_path / name)

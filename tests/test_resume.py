@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, stop_in_step
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -42,20 +42,11 @@ def views(monkeypatch):
 def run(thin, toy, tmp_path, monkeypatch):
     """run(name, overrides, stops=[k]): pretrain in the folder `name`, three steps an epoch; a
     SIGTERM comes while the k-th step of this call is computed. Returns the folder."""
-    step = simclr.train_step
 
     def pretrain(name, *overrides, stop=None):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        count = iter(range(1, 10**6))
-
-        def counted(*args):
-            if next(count) == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.1)  # until the thread that listens has noted it
-            return step(*args)
-
-        monkeypatch.setattr(simclr, "train_step", counted)
+        stop_in_step(monkeypatch, stop)
         cfg = toy("epochs=3", "projection_dim=8", "hidden_dim=16", "knn_interval=2", *overrides)
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(len(list(folder.iterdir())))  # what another process would not share
