@@ -142,7 +142,7 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
     shown = ConfusionMatrixDisplay(matrix, display_labels=results["classes"] if few else None)
     shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
     axis.images[0].colorbar.set_label("% of the true class")
-    title = "Linear evaluation, {training_images:,} labelled training images: {linear_acc:.1%} right"
+    title = "Linear layer, {training_images:,} labelled training images: {linear_acc:.1%} right"
     axis.set(title=title.format_map(results), xlabel="predicted class", ylabel="true class")
     return figure
 
