@@ -1,6 +1,7 @@
 """Atomic writes, locks and archiving for run directories."""
 
 import errno
+import io
 import logging
 import os
 import shutil
@@ -9,8 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
-from system.errors import UserError
+from system.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,32 @@ def _free(directory: Path) -> str:
         return f", {shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there"
     except OSError:  # the directory is gone
         return ""
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Read a YAML file of keys and values, UTF-8.
+
+    Raises ConfigError, with the line, if it holds anything else; UserError if it cannot be read.
+    """
+    content = b""
+    try:
+        content = path.read_bytes()
+        config = OmegaConf.load(io.StringIO(content.decode("utf-8-sig")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        reason = f"byte {content[error.start]:#04x} is not UTF-8: save the file in this encoding"
+        raise ConfigError(f"{path}, line {line}: {reason}") from None
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None)
+        where = f"{path}, {str(key)[:40]}" if key else path
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path}: must hold lines of the form key: value")
+    return config
 
 
 @contextmanager
