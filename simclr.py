@@ -124,7 +124,6 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
 
     steps: of the whole run. Raises UserError as `load_init`.
     """
-    torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.manual_seed(cfg.seed)  # initial weights
     memory = cfg.activation_checkpointing, cfg.micro_batch_size
     model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem, *memory)
