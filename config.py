@@ -6,7 +6,9 @@ from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -15,7 +17,9 @@ from models import BACKBONES
 from system.commandline import no_such_key, skip_check_of_lazy_help
 from system.device import DEVICES, PRECISIONS
 from system.errors import ConfigError, UserError, one_line_errors
+from system.files import read_yaml
 from system.rules import AUTO, NULL, PATH, YES_OR_NO, Rule, either, integer, list_of, number, one_of
+from system.sweeps import directory_name, note_failure, start_sweep
 from training.optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
@@ -33,14 +37,24 @@ def register_config() -> None:
     having no arithmetic, cannot write itself.
     """
     rules = {"per_256": lambda base, n: base * n / 256, "times_root": lambda base, n: base * n**0.5}
-    for name, rule in rules.items():
+    for name, rule in {**rules, "directory_name": directory_name}.items():
         OmegaConf.register_new_resolver(name, rule, replace=True)
-    config, store = OmegaConf.load(CONFIG_FILE), ConfigStore.instance()
-    for name, values in OmegaConf.to_container(config.pop("recipes")).items():
-        node = {"recipe": name, **(values or {})}
-        store.store(group="recipe", name=name, node=node, package="_global_")
+    with one_line_errors():
+        config, store = read_yaml(CONFIG_FILE), ConfigStore.instance()
+        for name, values in _pop_recipes(config).items():
+            node = {"recipe": name, **values}
+            store.store(group="recipe", name=name, node=node, package="_global_")
     store.store(name="simclr_config", node=config)
     skip_check_of_lazy_help()
+
+
+def _pop_recipes(config: DictConfig) -> dict[str, dict[str, Any]]:
+    recipes = OmegaConf.to_container(config).get("recipes")
+    values = recipes.values() if isinstance(recipes, dict) else [recipes]
+    if not all(isinstance(value, dict) or (value is None and recipes) for value in values):
+        raise ConfigError(f"{CONFIG_FILE}: recipes must be names, each with its keys and values")
+    del config["recipes"]
+    return {str(name): value or {} for name, value in recipes.items()}
 
 
 def _is_pair(value: Any, first: Rule, second: Rule) -> bool:
@@ -130,7 +144,18 @@ MAY_CHANGE = (
 
 
 class CheckConfig(Callback):
-    """Hydra calls this before it makes the run directory of a single run, not of a sweep."""
+    """What Hydra calls before a run or a sweep, and after each job of one."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check what is the same in all jobs, and that each has a directory of its own."""
+        with one_line_errors():
+            check_values(config)
+            start_sweep(config.hydra)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note a failed job of a sweep."""
+        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
+            note_failure(config.hydra, job_return._return_value)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check every value, then make the run directory; on an error nothing is left behind."""

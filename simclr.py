@@ -28,7 +28,6 @@ from models import SimCLR, nt_xent
 from system.checkpoint import load_init
 from system.commandline import run_command
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
-from system.errors import one_line_errors
 from system.files import locked
 from training import distributed
 from training.distributed import all_reduce_mean, local_shard
@@ -191,8 +190,7 @@ register_config()
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> float | None:
     """Check the config and pretrain; returns what sweepers optimise, the held-out kNN accuracy."""
-    with one_line_errors():
-        return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
+    return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
 
 
 if __name__ == "__main__":
