@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -16,7 +15,7 @@ from images.datasets import DATASETS
 from models import BACKBONES
 from system.commandline import no_such_key, skip_check_of_lazy_help
 from system.device import DEVICES, PRECISIONS
-from system.errors import ConfigError, UserError, one_line_errors
+from system.errors import ConfigError, UserError, describe, one_line_errors
 from system.files import read_yaml
 from system.rules import AUTO, NULL, PATH, YES_OR_NO, Rule, either, integer, list_of, number, one_of
 from system.sweeps import directory_name, note_failure, start_sweep
@@ -24,7 +23,9 @@ from training.optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
 PROTOCOLS = ("knn", "linear", "linear_clean", "logistic", "finetune")
+SCHEDULED = ("linear", "linear_clean", "finetune")  # trained with a cosine schedule
 BASELINES = ("random", "pixels")
+PEAKS = {"simclr": "learning_rate", "simclr_lin": "finetune_learning_rate"}  # of each script
 
 
 def register_config() -> None:
@@ -153,22 +154,29 @@ class CheckConfig(Callback):
             start_sweep(config.hydra)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Note a failed job of a sweep."""
-        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
-            note_failure(config.hydra, job_return._return_value)
+        """End a run that failed with one line; note the failure of a sweep's job, which goes on."""
+        error = job_return._return_value  # its property prints the overrides
+        if job_return.status == JobStatus.FAILED and config.hydra.mode == RunMode.MULTIRUN:
+            note_failure(config.hydra, error)
+        elif job_return.status == JobStatus.FAILED and describe(error) is not None:
+            with one_line_errors():
+                raise error
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check every value, then make the run directory; on an error nothing is left behind."""
+        """Check the config, then make the run directory; on an error nothing is left behind."""
         with one_line_errors():
-            check_values(config)
-            run_dir = Path(config.hydra.run.dir)
+            if (peak := PEAKS.get(config.hydra.job.name)) is not None:
+                check_config(config, peak)
             try:  # before Hydra does, with a traceback
+                run_dir = Path(config.hydra.run.dir)
                 run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
                     f"{run_dir} cannot be made ({error.strerror}): choose another run directory "
                     "with hydra.run.dir=PATH"
                 ) from None
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"hydra.run.dir: {str(error).splitlines()[0]}") from None
 
 
 def check_values(cfg: DictConfig) -> DictConfig:
@@ -221,7 +229,8 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     if pretraining and cfg.warmup_epochs >= cfg.epochs:
         _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}; 0 leaves it out")
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
-    if cfg.min_learning_rate > lowest:
+    scheduled = pretraining or cfg.predict is not None or {*SCHEDULED} & {*cfg.protocols}
+    if scheduled and cfg.min_learning_rate > lowest:
         reason = f"at most {peak}, which is {lowest:g} (it follows batch_size unless set)"
         _refuse(cfg, "min_learning_rate", reason)
     if cfg.checkpoint is not None and cfg.load_epoch is not None:
@@ -235,9 +244,3 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
 def _refuse(cfg: DictConfig, key: str, allowed: str) -> NoReturn:
     value = str(cfg[key]).lower() if isinstance(cfg[key], bool) else cfg[key]
     raise ConfigError(f"{key}={value}: must be {allowed}")
-
-
-def run_directory() -> Path:
-    """Hydra's output directory, relative to the working directory where it lies below it."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir

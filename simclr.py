@@ -19,14 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from config import MAY_CHANGE, RULES, check_config, register_config, run_directory
+from config import MAY_CHANGE, RULES, check_config, register_config
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
 from images.host import Images, batches, describe
 from models import SimCLR, nt_xent
 from system.checkpoint import load_init
-from system.commandline import run_command
+from system.commandline import run_command, run_directory
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
 from system.files import locked
 from training import distributed

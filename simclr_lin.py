@@ -23,7 +23,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from config import RULES, check_config, register_config, run_directory
+from config import RULES, check_config, register_config
 from evaluation import results as report
 from evaluation.classifiers import EvaluationTask
 from evaluation.features import build_encoder
@@ -32,7 +32,7 @@ from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
 from images.host import Images, describe, place, take
 from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
-from system.commandline import run_command
+from system.commandline import run_command, run_directory
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError
 from system.files import locked

@@ -12,9 +12,11 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
 
 from system.errors import ConfigError, one_line_errors
 from system.sweeps import listing_failures
@@ -67,10 +69,22 @@ def refusals(keys: Iterable[str], overrides: list[str]) -> Iterator[None]:
         yield
     except HydraException as error:
         raise ConfigError(describe_refusal(error, keys)) from None
-    except ValueError as error:  # Hydra's own for a few mistakes; any other is a bug of ours
-        if "hydra" not in Path(extract_tb(error.__traceback__)[-1].filename).parts:
+    except (ValueError, OmegaConfBaseException) as error:  # of Hydra's own block of the YAML
+        if not _raised_by_hydra(error):
             raise
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'hydra'}: {error}") from None
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    """Whether none of our code was running, in which the same error is a bug."""
+    ours = Path(__file__).parents[1]
+    for frame in reversed(extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if "hydra" in path.parts:
+            return True
+        if ours in path.parents and "site-packages" not in path.parts:
+            return False
+    return False
 
 
 def describe_refusal(error: HydraException, keys: Iterable[str]) -> str:
@@ -110,3 +124,9 @@ def skip_check_of_lazy_help() -> None:
                 check(parser, action)
 
         ArgumentParser._check_help = check_strings
+
+
+def run_directory() -> Path:
+    """Hydra's output directory, relative to the working directory where it lies below it."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir

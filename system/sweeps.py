@@ -1,6 +1,8 @@
 """Sweeps (Hydra's multirun): a directory for each job, and the jobs that failed."""
 
 import hashlib
+import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from system.errors import ConfigError, UserError, describe
+
+log = logging.getLogger("simclr")
 
 LONGEST = 120  # characters of a directory's name; file systems allow 143 (eCryptfs) to 255 bytes
 FAILURES = ".failures.log"  # in the sweep's directory: a line for each failed job, by any launcher
@@ -23,7 +27,7 @@ def directory_name(overrides: str) -> str:
 
     It ends with a hash of the overrides where something was replaced or cut off.
     """
-    name = re.sub(r"[^\w.=-]+", "-", overrides, flags=re.ASCII).strip("-.")
+    name = re.sub(r"[^\w.]+", "-", overrides, flags=re.ASCII).strip("-.")
     if name == overrides and len(name) <= LONGEST:
         return name
     digest = hashlib.sha256(overrides.encode(errors="surrogateescape")).hexdigest()
@@ -65,29 +69,33 @@ def _as_list(key: str, override: str) -> str:
 
 
 def note_failure(hydra: DictConfig, error: BaseException) -> None:
-    """Add the job that failed with this error to the list of its sweep."""
-    reason, _ = describe(error) or (f"{type(error).__name__}: {error}", 1)
+    """Log why the job failed, and add it to the list of its sweep."""
+    known = describe(error)
+    reason = known[0] if known else " ".join(f"{type(error).__name__}: {error}".split())
+    log.error(f"error: {reason}", exc_info=None if known else error)
     with open(Path(hydra.sweep.dir) / FAILURES, "a", encoding="utf-8", errors="replace") as file:
-        file.write(f"{hydra.runtime.output_dir}: {' '.join(reason.split())}\n")
+        file.write(f"{os.path.relpath(hydra.runtime.output_dir)}: {reason}\n")
 
 
 @contextmanager
 def listing_failures() -> Iterator[None]:
     """List the failed jobs of a sweep that ran in the block.
 
-    Raises UserError with their number for the first job's error, unless that is a bug.
+    Raises UserError with their number instead of the first job's error, with its exit code.
     """
     try:
         yield
     except BaseException as error:
-        count, known = _list_failures(), describe(error)
-        if count and known is not None and isinstance(error, Exception):
-            failed = UserError(f"{count} jobs of the sweep failed, the others are complete")
-            failed.exit_code = known[1]
-            raise failed from None
-        raise
+        if not (count := _list_failures()) or not isinstance(error, Exception):
+            raise
+        failed = UserError(
+            f"{count} of the sweep's jobs failed; the same command repeats them and leaves the "
+            "complete ones as they are"
+        )
+        failed.exit_code = (describe(error) or ("", 1))[1]
+        raise failed from None
     else:
-        _list_failures()  # of which the sweeper makes no error
+        _list_failures()  # which the sweeper allows
 
 
 def _list_failures() -> int:
