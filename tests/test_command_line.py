@@ -137,3 +137,13 @@ def test_rules_between_keys_are_checked_before_a_directory_is_made(call, tmp_pat
     ):
         code, error = call(script, *override)
         assert code == 2 and error.startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def test_a_bug_keeps_its_traceback(thin, write_images, tmp_path, call, monkeypatch):
+    def bug(*arguments):
+        raise ValueError("a bug of ours")  # the type that Hydra's own mistakes have
+
+    write_images(tmp_path / "images", train=8)
+    monkeypatch.setattr("images.datasets.decode", bug)
+    with pytest.raises(ValueError, match="a bug of ours"):
+        call(PRETRAIN, *TRAIN)
