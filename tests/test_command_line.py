@@ -9,6 +9,7 @@ import pytest
 from test_sweeps import FOLDER, LIN, PRETRAIN, TRAIN
 
 import config as config_module
+from system.commandline import quote_path
 from system.errors import ConfigError
 
 YAML = config_module.CONFIG_FILE.read_text(encoding="utf-8")
@@ -93,6 +94,15 @@ def test_a_path_works_as_it_is_typed(thin, write_images, tmp_path, call, name):
     assert code == 0 and (folder / f"run {name}" / "predictions.csv").is_file(), error
     code, error = call("plot.py", *data, "--out", "pictures")
     assert code == 0 and Path("pictures/views.png").is_file(), error
+
+
+def test_several_paths_are_a_sweep_only_where_one_is_asked_for():
+    assert quote_path("data_dir=a,b") == "data_dir='a,b'"
+    assert quote_path("data_dir=choice(a,b)") == "data_dir='choice(a,b)'"
+    for kept in ("data_dir=a,b", "init=choice(a,b)", "checkpoint=glob(*)"):
+        assert quote_path(kept, sweep=True) == kept
+    assert quote_path("data_dir=a [b]", sweep=True) == "data_dir='a [b]'"
+    assert quote_path("protocols=[knn") == "protocols=[knn"
 
 
 def test_paths_in_a_sweep_and_in_hydra_s_own_spelling(thin, write_images, tmp_path, call):
