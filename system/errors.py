@@ -59,15 +59,18 @@ class StopSignals:
 
     The last holds for AT_ONCE. A signal that is ignored, as SIGHUP under nohup, or has a handler
     stays so, but for SIGTERM, SIGINT and the ranks of torchrun: its agent takes SIGHUP under nohup
-    too, and kills them 30 s later. A thread reads the signals: Python's own handlers wait for the
-    main thread, which a backward pass keeps for a whole step. A launcher's signal reaches the
-    ranks at different moments; `agree` (the maximum over the ranks) makes all stop at one step.
+    too, and kills them 30 s later. To them the agent's own end, as by SIGUSR1, is a SIGTERM.
+
+    A thread reads the signals: Python's own handlers wait for the main thread, which a backward
+    pass keeps for a whole step. A launcher's signal reaches the ranks at different moments; `agree`
+    (the maximum over the ranks) makes all stop at one step.
     """
 
     received: int | None = None
 
     def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self.agree = agree
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
@@ -78,7 +81,7 @@ class StopSignals:
             threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
             for number in STOP:
                 free = number in ALWAYS or signal.getsignal(number) is signal.SIG_DFL
-                if free or "TORCHELASTIC_RUN_ID" in os.environ:
+                if free or self._agent is not None:
                     self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
@@ -102,7 +105,8 @@ class StopSignals:
 
     def noted(self) -> int:
         """The signal received, or 0. Under torchrun a collective: every rank must call it."""
-        return self.agree(self.received or 0)
+        left = self._agent not in (None, os.getppid())
+        return self.agree(self.received or (signal.SIGTERM if left else 0))
 
     def check(self) -> None:
         """Raise Stopped if a signal was received."""
