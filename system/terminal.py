@@ -1,5 +1,6 @@
 """Terminal and log file: what cannot be written there neither ends nor changes a run."""
 
+import errno
 import io
 import logging
 import os
@@ -13,11 +14,15 @@ class Terminal(io.RawIOBase):
     """The file behind `stream`, which drops what it cannot write there.
 
     Such as to a pipe whose reader has ended, a full disk, or the terminal of a closed SSH session.
-    Nothing is left in a buffer either, which Python would flush at exit and end with code 120.
+    The first loss is said on stderr, but for the reader's end. Nothing is left in a buffer, which
+    Python would flush at exit and end with code 120.
     """
 
-    def __init__(self, stream: Any) -> None:
+    failed = False
+
+    def __init__(self, stream: Any, name: str) -> None:
         self.stream, self.file = stream, getattr(stream.buffer, "raw", stream.buffer)
+        self.name = name
 
     def writable(self) -> bool:
         return True
@@ -30,12 +35,14 @@ class Terminal(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         rest = memoryview(data)
-        with suppress(OSError):
+        try:
             while rest:
                 written = self.file.write(rest)
                 rest = rest[written or 0 :]
                 if written is None:  # a full pipe that another process has made non-blocking
                     time.sleep(0.01)
+        except OSError as error:
+            report(self, self.name, error)
         return len(data)
 
 
@@ -54,13 +61,20 @@ def guard_terminal() -> None:
             continue
         with suppress(OSError):
             stream.flush()
-        file = Terminal(stream)
-        guarded = io.TextIOWrapper(file, stream.encoding, errors, line_buffering=True)
-        setattr(sys, name, guarded)
+        file = Terminal(stream, name)
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, errors, line_buffering=True))
+
+
+def report(file: Any, name: str, error: BaseException | None) -> None:
+    """Say once on stderr that `file` is incomplete, unless its reader wants no more."""
+    failed, file.failed = file.failed, True
+    if not failed and getattr(error, "errno", None) != errno.EPIPE:
+        reason = getattr(error, "strerror", None) or error
+        print(f"warning: {name} is incomplete ({reason})", file=sys.stderr)
 
 
 class LogFile(logging.FileHandler):
-    """A log file that may fail to open, too; its first failure is said on the terminal."""
+    """A log file that may also fail to open; its first loss is said on stderr."""
 
     failed = False
 
@@ -71,10 +85,7 @@ class LogFile(logging.FileHandler):
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self.failed:
-            reason = getattr(error := sys.exc_info()[1], "strerror", None) or error
-            print(f"warning: {self.baseFilename} is incomplete ({reason})", file=sys.stderr)
-        self.failed = True
+        report(self, self.baseFilename, sys.exc_info()[1])
 
     def close(self) -> None:
         with suppress(OSError):  # of the last flush
