@@ -296,9 +296,9 @@ def test_a_signal_before_the_first_step_ends_the_run_without_one(cfg, tmp_path, 
     assert steps == []
 
 
-def start(folder, *overrides, script="tests/thin_simclr.py", **options):
+def start(folder, *overrides, script="tests/thin_simclr.py", before=(), **options):
     """A run of its own at toy size, of many epochs of a tenth of a second."""
-    command = [sys.executable, str(REPOSITORY / script), "dataset=digits", "image_size=8",
+    command = [*before, sys.executable, str(REPOSITORY / script), "dataset=digits", "image_size=8",
                "batch_size=32", "hidden_dim=8", "projection_dim=8", "epochs=2000", "device=cpu",
                "compile=false", "knn_interval=0", *overrides]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
