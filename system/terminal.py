@@ -86,7 +86,3 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         report(self, self.baseFilename, sys.exc_info()[1])
-
-    def close(self) -> None:
-        with suppress(OSError):  # of the last flush
-            super().close()

@@ -162,6 +162,9 @@ def test_a_pipe_that_does_not_block_gets_everything_and_a_full_disk_is_said(monk
     assert b"".join(found).decode() == text
     print("lost")  # to a descriptor that is closed
     print("lost")
+    monkeypatch.setattr(sys, "stdout", os.fdopen(broken_pipe(), "w"))
+    guard_terminal()
+    print("not wanted, as in | head -1")
     said = sys.stderr.buffer.file.getvalue()
     assert said == b"warning: stdout is incomplete (Bad file descriptor)\n"
 
@@ -209,7 +212,7 @@ def test_a_log_file_that_cannot_be_written_is_said_once(
     log = f"hydra.job_logging.handlers.file.filename={file}"
     for command in (
         (PRETRAIN, *TRAIN, log),
-        (PRETRAIN, *TRAIN, log, "resume=false"),  # closes the log, to move it aside
+        (PRETRAIN, *TRAIN, log, "resume=false"),
         ("simclr_lin.py", *LIN, log),
     ):
         code, error = call(*command)
