@@ -57,6 +57,7 @@ def compare(runs: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
+@one_line_errors()
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(

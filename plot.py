@@ -224,6 +224,7 @@ def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
     return check_values(OmegaConf.merge(cfg, {k: saved[k] for k in set(saved) & set(cfg) - given}))
 
 
+@one_line_errors()
 def main() -> None:
     """Draw all pictures that can be drawn, and print their paths."""
     as_written = argparse.RawDescriptionHelpFormatter

@@ -1,6 +1,5 @@
 """Error types, signal handling and exit codes: one line on stderr instead of a traceback."""
 
-import logging
 import os
 import re
 import signal
@@ -11,7 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-STOP = (signal.SIGTERM, signal.SIGINT)
+from system.terminal import guard_terminal
+
+# What asks a process to end: a closed SSH session sends SIGHUP, Ctrl-\ SIGQUIT; SLURM, SGE and LSF
+# warn with SIGUSR1, SIGUSR2 or, for the CPU time, SIGXCPU. Windows has the first two.
+ALWAYS = (signal.SIGTERM, signal.SIGINT)
+OTHERS = ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOP = (*ALWAYS, *(getattr(signal, name) for name in OTHERS if hasattr(signal, name)))
+AT_ONCE = (*ALWAYS, getattr(signal, "SIGQUIT", None))  # SIGXCPU comes every second
 TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
@@ -49,17 +55,22 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Record SIGTERM and SIGINT in the block; one a second later or more ends the process.
+    """Record the signals of STOP in the block; the same one a second later ends the process.
 
-    A pre-emption by SLURM is a SIGTERM. A thread reads the signals: Python's own handlers wait for
-    the main thread, which a backward pass keeps for a whole step. A launcher's signal reaches the
-    ranks at different moments; `agree` (the maximum over the ranks) makes all stop at one step.
+    The last holds for AT_ONCE. A signal that is ignored, as SIGHUP under nohup, or has a handler
+    stays so, but for SIGTERM, SIGINT and the ranks of torchrun: its agent takes SIGHUP under nohup
+    too, and kills them 30 s later. To them the agent's own end, as by SIGUSR1, is a SIGTERM.
+
+    A thread reads the signals: Python's own handlers wait for the main thread, which a backward
+    pass keeps for a whole step. A launcher's signal reaches the ranks at different moments; `agree`
+    (the maximum over the ranks) makes all stop at one step.
     """
 
     received: int | None = None
 
     def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self.agree = agree
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
@@ -69,7 +80,9 @@ class StopSignals:
             self._fd = signal.set_wakeup_fd(self._writer.fileno())
             threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
             for number in STOP:
-                self._before[number] = signal.signal(number, lambda *_: None)
+                free = number in ALWAYS or signal.getsignal(number) is signal.SIG_DFL
+                if free or self._agent is not None:
+                    self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -80,18 +93,20 @@ class StopSignals:
             self._writer.close()
 
     def _listen(self, reader: socket.socket) -> None:
+        first: dict[int, float] = {}
         with reader:
-            while number := reader.recv(1):  # empty: the block has ended
-                if number[0] not in STOP:
+            while byte := reader.recv(1):  # empty: the block has ended
+                if (number := byte[0]) not in STOP:
                     continue
-                if self.received is None:
-                    self.received, first = number[0], time.monotonic()
-                elif time.monotonic() - first > TWICE:
-                    os._exit(128 + number[0])
+                self.received = self.received or number
+                since = time.monotonic() - first.setdefault(number, time.monotonic())
+                if number in AT_ONCE and since > TWICE:
+                    os._exit(128 + number)
 
     def noted(self) -> int:
         """The signal received, or 0. Under torchrun a collective: every rank must call it."""
-        return self.agree(self.received or 0)
+        left = self._agent not in (None, os.getppid())
+        return self.agree(self.received or (signal.SIGTERM if left else 0))
 
     def check(self) -> None:
         """Raise Stopped if a signal was received."""
@@ -127,9 +142,9 @@ def describe(error: BaseException) -> tuple[str, int] | None:
 def one_line_errors() -> Iterator[None]:
     """Print an error that `describe` knows as one line on stderr, and exit with its code.
 
-    Other exceptions keep their traceback.
+    Other exceptions keep their traceback. The terminal is guarded from here on (`guard_terminal`).
     """
-    logging.raiseExceptions = False  # a log on a full disk: the terminal still has the message
+    guard_terminal()
     try:
         yield
     except BaseException as error:
