@@ -10,6 +10,7 @@ for TensorBoard), checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py an
 training state from which the same command resumes after it was stopped.
 """
 
+import system.environment  # noqa: F401, first
 import logging
 from pathlib import Path
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
+rank: int | None = None  # of this process, where training.distributed has started several
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
 
@@ -111,7 +112,7 @@ def one_line_errors() -> Iterator[None]:
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
     except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
-        if "RANK" in os.environ and PEER_ENDED.search(str(error)):
+        if rank is not None and PEER_ENDED.search(str(error)):
             _end(f"error: another rank has ended ({str(error).splitlines()[0][:200]})", 1)
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
@@ -128,6 +129,5 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(line: str, exit_code: int) -> None:
-    rank = os.environ.get("RANK", "0")  # of torchrun
-    print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
+    print(f"rank {rank}: {line}" if rank else line, file=sys.stderr)
     sys.exit(exit_code)
