@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -14,13 +15,17 @@ from images.datasets import DATASETS
 from models import BACKBONES
 from system.commandline import no_such_key, skip_check_of_lazy_help
 from system.device import DEVICES, PRECISIONS
-from system.errors import ConfigError, UserError, one_line_errors
+from system.errors import ConfigError, UserError, describe, one_line_errors
+from system.files import read_yaml
 from system.rules import AUTO, NULL, PATH, YES_OR_NO, Rule, either, integer, list_of, number, one_of
+from system.sweeps import directory_name, note_failure, start_sweep
 from training.optim import OPTIMIZERS
 
 CONFIG_FILE = Path(__file__).with_name("simclr_config.yml")
 PROTOCOLS = ("knn", "linear", "linear_clean", "logistic", "finetune")
+SCHEDULED = ("linear", "linear_clean", "finetune")  # trained with a cosine schedule
 BASELINES = ("random", "pixels")
+PEAKS = {"simclr": "learning_rate", "simclr_lin": "finetune_learning_rate"}  # of each script
 
 
 def register_config() -> None:
@@ -33,14 +38,24 @@ def register_config() -> None:
     having no arithmetic, cannot write itself.
     """
     rules = {"per_256": lambda base, n: base * n / 256, "times_root": lambda base, n: base * n**0.5}
-    for name, rule in rules.items():
+    for name, rule in {**rules, "directory_name": directory_name}.items():
         OmegaConf.register_new_resolver(name, rule, replace=True)
-    config, store = OmegaConf.load(CONFIG_FILE), ConfigStore.instance()
-    for name, values in OmegaConf.to_container(config.pop("recipes")).items():
-        node = {"recipe": name, **(values or {})}
-        store.store(group="recipe", name=name, node=node, package="_global_")
+    with one_line_errors():
+        config, store = read_yaml(CONFIG_FILE), ConfigStore.instance()
+        for name, values in _pop_recipes(config).items():
+            node = {"recipe": name, **values}
+            store.store(group="recipe", name=name, node=node, package="_global_")
     store.store(name="simclr_config", node=config)
     skip_check_of_lazy_help()
+
+
+def _pop_recipes(config: DictConfig) -> dict[str, dict[str, Any]]:
+    recipes = OmegaConf.to_container(config).get("recipes")
+    values = recipes.values() if isinstance(recipes, dict) else [recipes]
+    if not all(isinstance(value, dict) or (value is None and recipes) for value in values):
+        raise ConfigError(f"{CONFIG_FILE}: recipes must be names, each with its keys and values")
+    del config["recipes"]
+    return {str(name): value or {} for name, value in recipes.items()}
 
 
 def _is_pair(value: Any, first: Rule, second: Rule) -> bool:
@@ -130,20 +145,38 @@ MAY_CHANGE = (
 
 
 class CheckConfig(Callback):
-    """Hydra calls this before it makes the run directory of a single run, not of a sweep."""
+    """What Hydra calls before a run or a sweep, and after each job of one."""
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check every value, then make the run directory; on an error nothing is left behind."""
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check what is the same in all jobs, and that each has a directory of its own."""
         with one_line_errors():
             check_values(config)
-            run_dir = Path(config.hydra.run.dir)
+            start_sweep(config.hydra)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """End a run that failed with one line; note the failure of a sweep's job, which goes on."""
+        error = job_return._return_value  # its property prints the overrides
+        if job_return.status == JobStatus.FAILED and config.hydra.mode == RunMode.MULTIRUN:
+            note_failure(config.hydra, error)
+        elif job_return.status == JobStatus.FAILED and describe(error) is not None:
+            with one_line_errors():
+                raise error
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the config, then make the run directory; on an error nothing is left behind."""
+        with one_line_errors():
+            if (peak := PEAKS.get(config.hydra.job.name)) is not None:
+                check_config(config, peak)
             try:  # before Hydra does, with a traceback
+                run_dir = Path(config.hydra.run.dir)
                 run_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(
                     f"{run_dir} cannot be made ({error.strerror}): choose another run directory "
                     "with hydra.run.dir=PATH"
                 ) from None
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"hydra.run.dir: {str(error).splitlines()[0]}") from None
 
 
 def check_values(cfg: DictConfig) -> DictConfig:
@@ -196,7 +229,8 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     if pretraining and cfg.warmup_epochs >= cfg.epochs:
         _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}; 0 leaves it out")
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
-    if cfg.min_learning_rate > lowest:
+    scheduled = pretraining or cfg.predict is not None or {*SCHEDULED} & {*cfg.protocols}
+    if scheduled and cfg.min_learning_rate > lowest:
         reason = f"at most {peak}, which is {lowest:g} (it follows batch_size unless set)"
         _refuse(cfg, "min_learning_rate", reason)
     if cfg.checkpoint is not None and cfg.load_epoch is not None:
@@ -210,9 +244,3 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
 def _refuse(cfg: DictConfig, key: str, allowed: str) -> NoReturn:
     value = str(cfg[key]).lower() if isinstance(cfg[key], bool) else cfg[key]
     raise ConfigError(f"{key}={value}: must be {allowed}")
-
-
-def run_directory() -> Path:
-    """Hydra's output directory, relative to the working directory where it lies below it."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir

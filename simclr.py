@@ -20,16 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from config import MAY_CHANGE, RULES, check_config, register_config, run_directory
+from config import MAY_CHANGE, RULES, check_config, register_config
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views
 from images.datasets import Split, check_batch_size, load_pretraining
 from images.host import Images, batches, describe
 from models import SimCLR, nt_xent
 from system.checkpoint import load_init
-from system.commandline import run_command
+from system.commandline import run_command, run_directory
 from system.device import autocast, precision_name, select_compile, select_device, select_precision
-from system.errors import one_line_errors
 from system.files import locked
 from training import distributed
 from training.distributed import all_reduce_mean, local_shard
@@ -125,7 +124,6 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
 
     steps: of the whole run. Raises UserError as `load_init`.
     """
-    torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.manual_seed(cfg.seed)  # initial weights
     memory = cfg.activation_checkpointing, cfg.micro_batch_size
     model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem, *memory)
@@ -193,8 +191,7 @@ register_config()
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> float | None:
     """Check the config and pretrain; returns what sweepers optimise, the held-out kNN accuracy."""
-    with one_line_errors():
-        return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
+    return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from config import RULES, check_config, register_config, run_directory
+from config import RULES, check_config, register_config
 from evaluation import results as report
 from evaluation.classifiers import EvaluationTask
 from evaluation.features import build_encoder
@@ -33,9 +33,9 @@ from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
 from images.host import Images, describe, place, take
 from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
-from system.commandline import run_command
+from system.commandline import run_command, run_directory
 from system.device import select_device, select_precision
-from system.errors import ConfigError, UserError, one_line_errors
+from system.errors import ConfigError, UserError
 from system.files import locked
 from training.distributed import is_distributed
 
@@ -180,18 +180,17 @@ register_config()
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> None:
     """Check the config, find the checkpoint in Hydra's run directory and evaluate it."""
-    with one_line_errors():
-        if is_distributed():
-            raise ConfigError("simclr_lin.py runs in one process: start it with python")
-        cfg, out_dir = check_config(cfg, peak="finetune_learning_rate"), run_directory()
-        overrides = HydraConfig.get().overrides.task
-        given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
-        if cfg.checkpoint is not None:
-            checkpoint = Path(os.path.expanduser(cfg.checkpoint))
-        else:
-            checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
-        with locked(out_dir, "simclr_lin"):
-            (evaluate if cfg.predict is None else predict)(cfg, checkpoint, out_dir, given)
+    if is_distributed():
+        raise ConfigError("simclr_lin.py runs in one process: start it with python")
+    cfg, out_dir = check_config(cfg, peak="finetune_learning_rate"), run_directory()
+    overrides = HydraConfig.get().overrides.task
+    given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
+    if cfg.checkpoint is not None:
+        checkpoint = Path(os.path.expanduser(cfg.checkpoint))
+    else:
+        checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
+    with locked(out_dir, "simclr_lin"):
+        (evaluate if cfg.predict is None else predict)(cfg, checkpoint, out_dir, given)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def select_device(name: str) -> torch.device:
             f"device={name!r}: must be one that this machine has, {', '.join(devices)}, "
             "or auto, which takes the first of them"
         )
+    torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     return torch.device(devices[0] if name == "auto" else name)
 
 

@@ -38,13 +38,15 @@ class NotFinite(Exception):
         self.step_metrics, self.learning_rate = step_metrics, learning_rate
 
 
-class Stopped(Exception):
-    """The process was asked to end by SIGTERM or SIGINT."""
+class Stopped(BaseException):
+    """The process was asked to end by a signal: the whole sweep, so Hydra must not catch it."""
 
     def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}{message}")
-        self.number = number
-        self.exit_code = 128 + number
+        super().__init__(number, message)  # all of it, for pickle
+        self.number, self.message = number, message
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.number).name}{self.message}"
 
 
 class StopSignals:
@@ -98,36 +100,43 @@ class StopSignals:
             raise Stopped(number)
 
 
+def describe(error: BaseException) -> tuple[str, int] | None:
+    """What a user, a machine or a signal did, in one line, and the exit code; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text, error.exit_code
+    if isinstance(error, Stopped):
+        return text, 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT", 128 + signal.SIGINT
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}", 1
+    if not isinstance(error, (MemoryError, RuntimeError)):  # torch's own on CUDA alone has a class
+        return None
+    if rank is not None and PEER_ENDED.search(text):
+        return f"another rank has ended ({str(error).splitlines()[0][:200]})", 1
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(text):
+        return None
+    what = str(error).split(". ")[0]
+    return (
+        f"out of memory ({what}): take activation_checkpointing=true; or a smaller "
+        "batch_size, or a micro_batch_size that divides it, with resume=false"
+    ), 1
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print user, system and out-of-memory errors as one line on stderr, and exit with a code.
+    """Print an error that `describe` knows as one line on stderr, and exit with its code.
 
     Other exceptions keep their traceback.
     """
     logging.raiseExceptions = False  # a log on a full disk: the terminal still has the message
     try:
         yield
-    except UserError as error:
-        _end("error: " + " ".join(str(error).split()), error.exit_code)
-    except Stopped as stopped:
-        _end(str(stopped), stopped.exit_code)
-    except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
-        if rank is not None and PEER_ENDED.search(str(error)):
-            _end(f"error: another rank has ended ({str(error).splitlines()[0][:200]})", 1)
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    except BaseException as error:
+        if (known := describe(error)) is None:
             raise
-        what = str(error).split(". ")[0]
-        _end(
-            f"error: out of memory ({what}): take activation_checkpointing=true; or a smaller "
-            "batch_size, or a micro_batch_size that divides it, with resume=false",
-            1,
-        )
-    except OSError as error:
-        _end(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        _end("stopped by SIGINT", 128 + signal.SIGINT)
-
-
-def _end(line: str, exit_code: int) -> None:
-    print(f"rank {rank}: {line}" if rank else line, file=sys.stderr)
-    sys.exit(exit_code)
+        line, exit_code = known
+        line = line if exit_code > 128 else f"error: {line}"  # a signal is no error
+        print(f"rank {rank}: {line}" if rank else line, file=sys.stderr)
+        sys.exit(exit_code)
