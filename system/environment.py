@@ -60,7 +60,7 @@ class Launch(NamedTuple):
     local_rank: int = 0
     host: str = ""  # of rank 0, and a port there
     port: int = 0
-    served: bool = False  # whether the launcher itself serves a store at that port
+    serves: bool = False  # whether this process has to serve a store at that port
     restarts: int = 0
 
 
@@ -75,13 +75,14 @@ def launch() -> Launch:
     missing = [name for name in NEEDED if not os.environ.get(name, "").strip()]
     if world_size > 1 and missing:
         raise ConfigError(f"WORLD_SIZE={world_size}, but not set: {', '.join(missing)}; {ALONE}")
+    rank = _integer("RANK", 0, world_size - 1)
     return Launch(
         world_size,
-        _integer("RANK", 0, world_size - 1),
+        rank,
         _integer("LOCAL_RANK", 0, world_size - 1),
         os.environ.get("MASTER_ADDR", "").strip(),
         _integer("MASTER_PORT", 1, 65535),
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         _integer("TORCHELASTIC_RESTART_COUNT", 0, 10**6),
     )
 

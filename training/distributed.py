@@ -91,8 +91,8 @@ def _join(here: Launch) -> dist.Store:
 
     torchrun's own store can keep the addresses of ranks that ended before a restart (torch 2.14.1).
     The store at MASTER_PORT, torchrun's or else rank 0's, only passes the port of ours, which is
-    read again until a server answers: an older port is dead. In Python, since torch waits in C++,
-    for 30 minutes, without a word and deaf to Ctrl-C.
+    read again until a server answers: an older port is dead. torch itself would wait for 30 minutes
+    in C++, without a word and deaf to Ctrl-C.
     """
     try:
         socket.getaddrinfo(here.host, here.port)
@@ -105,8 +105,9 @@ def _join(here: Launch) -> dist.Store:
     waits = f"rank {here.rank} of {here.world_size} waits for the others at {here.host}:{here.port}"
     while True:
         try:
-            serves = here.rank == 0 and not here.served
-            launcher = launcher or _tcp_store(here.host, here.port, serves)
+            launcher = launcher or _tcp_store(
+                here.host, here.port, here.rank == 0 and not here.served
+            )
             if store is None and here.rank == 0:
                 store = _tcp_store(here.host, 0, serves=True)
                 launcher.set(key, str(store.port))
@@ -115,7 +116,7 @@ def _join(here: Launch) -> dist.Store:
             if store.check(ranks):
                 store.set_timeout(TIMEOUT)
                 return store
-        except dist.DistError as error:
+        except (dist.DistError, OSError) as error:
             if here.rank == 0:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"MASTER_PORT={here.port}: no store there ({reason})") from None
@@ -130,6 +131,8 @@ def _join(here: Launch) -> dist.Store:
 
 def _tcp_store(host: str, port: int, serves: bool) -> dist.TCPStore:
     short = timedelta(seconds=3)
+    if not serves:  # torch itself would print a stack of C++
+        socket.create_connection((host, port), short.total_seconds()).close()
     return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=short)
 
 
