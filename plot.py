@@ -40,7 +40,7 @@ from images.augment import draw, random_views
 from images.datasets import Split, draw_stratified, load_split, resize
 from images.host import take
 from system.checkpoint import find_checkpoint, load_checkpoint
-from system.commandline import refusals
+from system.commandline import quote_path, refusals
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from system.files import write_file
@@ -234,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     given = [a for a in args.arguments if not a.endswith(".yaml")]  # a sweep's, beside its runs
     runs = [Path(a) for a in given if "=" not in a or Path(a).is_dir()]
-    overrides = [a for a in given if Path(a) not in runs]
+    overrides = [quote_path(a) for a in given if Path(a) not in runs]
     with one_line_errors():
         out = args.out or (runs[0] if runs else Path())
         for name, figure in pictures(runs, overrides):

@@ -16,9 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
 
-from system.errors import ConfigError, one_line_errors
+from system.errors import ConfigError, UserError, one_line_errors
 from system.sweeps import listing_failures
 
 # Keys whose value is a path, which may have characters of Hydra's grammar.
@@ -69,10 +68,11 @@ def refusals(keys: Iterable[str], overrides: list[str]) -> Iterator[None]:
         yield
     except HydraException as error:
         raise ConfigError(describe_refusal(error, keys)) from None
-    except (ValueError, OmegaConfBaseException) as error:  # of Hydra's own block of the YAML
-        if not _raised_by_hydra(error):
+    except Exception as error:  # of many types, for what concerns Hydra's own block
+        if isinstance(error, UserError) or not _raised_by_hydra(error):
             raise
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'hydra'}: {error}") from None
+        key = getattr(error, "full_key", None) or "hydra"
+        raise ConfigError(f"{key}: {str(error) or type(error).__name__}") from None
 
 
 def _raised_by_hydra(error: Exception) -> bool:

@@ -31,6 +31,7 @@ RUN = "logs/SimCLR/folder/resnet18"
 WEIGHTS = f"{RUN}/simclr_resnet18_epoch1.pt"
 TOY = ["dataset=folder", "data_dir=images", "batch_size=8", "device=cpu"]
 TRAIN = [*TOY, "image_size=8", "epochs=1", "hidden_dim=8", "projection_dim=8", "knn_interval=0"]
+BAD_TYPED = [case for case in BAD if case[:2] != ("data_dir", "2024")]  # a path, as it is typed
 EVALUATE = [*TOY, "finetune_epochs=1"]
 
 
@@ -69,7 +70,7 @@ def trained(thin, images, call):
     return Path(RUN)
 
 
-@pytest.mark.parametrize(("key", "value", "allowed"), BAD)
+@pytest.mark.parametrize(("key", "value", "allowed"), BAD_TYPED)
 def test_a_bad_value_is_refused_before_a_folder_is_made(refuse, tmp_path, key, value, allowed):
     script = LIN if key in ("protocols", "labels", "predict") else PRETRAIN
     refuse(2, allowed, script, f"{key}={value}")

@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 from omegaconf import OmegaConf
 from test_commands import SWEEP, command
 
+import config
 import training.record
 from system.errors import ConfigError, UserError
 from system.sweeps import LONGEST, directory_name
@@ -122,13 +123,21 @@ def test_evaluations_in_a_sweep_fail_like_pretraining(sweep):
         (PRETRAIN, "temperature=0.5,-1 hydra.sweep.subdir=one", "subdir=one: must differ"),
         (PRETRAIN, "seed=1,2 batch_size=1", "batch_size=1: must be an integer from 2"),
         (PRETRAIN, "seed=1,2 batchsize=8", "batchsize: no such key; did you mean batch_size?"),
-        (PRETRAIN, "+hydra.sweeper.params.runs='1,2' seed=1,2", "runs: must not vary"),
     ],
 )  # fmt: skip
 def test_jobs_that_would_share_a_directory_are_refused(call, tmp_path, script, override, message):
     code, error = call(script, "-m", *override.split())
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert message in error and not list(tmp_path.iterdir())
+
+
+def test_a_sweep_that_the_yaml_defines_is_checked_too(call, tmp_path, monkeypatch):
+    yaml = tmp_path / "file.yml"
+    text = config.CONFIG_FILE.read_text(encoding="utf-8")
+    yaml.write_text(text + "  sweeper:\n    params: {finetune_views: '1,2'}\n", encoding="utf-8")
+    monkeypatch.setattr(config, "CONFIG_FILE", yaml)
+    code, error = call(LIN, "-m", "seed=1,2")
+    assert code == 2 and error.startswith("error: finetune_views: must not vary in a sweep")
 
 
 def test_a_sweep_over_labels_has_a_result_for_each(sweep):
