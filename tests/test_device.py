@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.config
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config as inductor
 
 from system import device
 from system.device import (
@@ -193,29 +193,27 @@ def without_times(metrics):
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", "fails", "prints nothing"])
-def test_a_compiler_that_does_not_work_is_found_though_a_cache_is_warm(
-    monkeypatch, tmp_path, compiler
-):
+def test_a_compiler_that_does_not_work_is_found_though_a_cache_is_warm(tmp_path, compiler):
     select_compile(True, CPU, 1)
     script = tmp_path / "c++"
     says = "[ $1 = --version ] && exec c++ $1; exit 1" if compiler == "fails" else "exit 0"
     script.write_text(f"#!/bin/sh\n{says}\n")
     script.chmod(0o755)
     path = str(script) if " " in compiler or compiler == "fails" else compiler
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, path))
     torch._dynamo.reset()
-    with pytest.raises(ConfigError, match=r"compile=true: must be false or auto") as error:
+    refused = pytest.raises(ConfigError, match="compile=true: must be false or auto")
+    with inductor.patch({"cpp.cxx": (None, path)}), refused as error:
         select_compile(True, CPU, 1)
     assert "\n" not in str(error.value) and "TORCHDYNAMO_VERBOSE" not in str(error.value)
     torch._dynamo.reset()
 
 
 @pytest.fixture
-def no_compiler(monkeypatch):
+def no_compiler():
     """A machine on which torch finds no C++ compiler."""
     torch._dynamo.reset()  # what was compiled before is compiled again
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
-    yield
+    with inductor.patch({"cpp.cxx": ("/nowhere/c++",)}):
+        yield
     torch._dynamo.reset()
 
 
