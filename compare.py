@@ -6,6 +6,7 @@ Sorted by the final kNN accuracy of simclr.py on held-out training images, so th
 order does not choose on the test set. Test accuracies of simclr_lin.py stand beside it.
 """
 
+import system.environment  # noqa: F401, first
 import argparse
 import json
 import sys

@@ -13,6 +13,7 @@ confusion    confusion matrix of the linear evaluation, from results.json
 Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts.
 """
 
+import system.environment  # noqa: F401, first
 import argparse
 import io
 import json

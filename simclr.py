@@ -10,6 +10,7 @@ for TensorBoard), checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py an
 training state from which the same command resumes after it was stopped.
 """
 
+import system.environment  # noqa: F401, first
 import logging
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from images.host import Images, batches, describe
 from models import SimCLR, nt_xent
 from system.checkpoint import load_init
 from system.commandline import run_command, run_directory
-from system.device import autocast, precision_name, select_compile, select_device, select_precision
+from system.device import autocast, compile_static, select_compile, select_device, select_precision
 from system.files import locked
 from training import distributed
 from training.distributed import all_reduce_mean, local_shard
@@ -35,7 +36,7 @@ from training.graph import GraphedStep
 from training.metrics import alignment, spread, uniformity
 from training.optim import cosine_learning_rate, make_optimizer, view_size
 from training.record import RunRecord, log_summary, report_complete
-from training.state import Training, find_state
+from training.state import Training, choose_precision, find_state
 
 log = logging.getLogger("simclr")
 
@@ -139,8 +140,8 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
     supported = memory == (False, None) and distributed.world_size() == 1
     compiled = select_compile(cfg.compile, device, work, supported)
     if compiled:
-        model.compile(dynamic=False)  # in place: the names in its state dict stay
-    make_views = torch.compile(random_views, dynamic=False) if compiled else random_views
+        model.forward = compile_static(model.forward, cfg.compile)
+    make_views = compile_static(random_views, cfg.compile) if compiled else random_views
     graphed = device.type == "cuda" and supported and fused
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
     parts = model, ddp_model, optimizer, scaler, rng, dtype, make_views
@@ -155,8 +156,6 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
     `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
     """
     device = select_device(cfg.device)
-    precision = precision_name(select_precision(cfg.precision, device))
-    config = {**OmegaConf.to_container(cfg), "precision": precision}
     with (
         distributed.process_group(device),
         locked(run_dir, "simclr", needed=distributed.rank() == 0),
@@ -164,9 +163,12 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
         sharding = cfg.batch_size, cfg.micro_batch_size, cfg.sync_batchnorm, cfg.compile
         distributed.check_ranks(*sharding, device)
         resume = cfg.resume or distributed.is_elastic_restart()
-        saved = find_state(run_dir, config, MAY_CHANGE) if resume else None
+        saved = find_state(run_dir, OmegaConf.to_container(cfg), MAY_CHANGE) if resume else None
         if saved is not None and saved.content["epoch"] == cfg.epochs:
             return report_complete(run_dir, saved)
+        precision = choose_precision(cfg.precision, device, saved)
+        cfg = OmegaConf.merge(cfg, {"precision": precision})
+        config = OmegaConf.to_container(cfg)
         source = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
         with distributed.local_rank_zero_first():
             images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)

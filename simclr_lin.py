@@ -11,6 +11,7 @@ copy. Hyperparameters are chosen on training images; the test set is scored once
 the terminal, to simclr_lin.log, results.json and results.md.
 """
 
+import system.environment  # noqa: F401, first
 import hashlib
 import logging
 import os

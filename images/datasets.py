@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, STL10
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, VisionDataset
+from torchvision.datasets.utils import check_integrity, download_url
 
 from images.folder import decode, find_images, list_folder, name_few
 from images.host import Images, place
 from system.errors import ConfigError, UserError
+from system.files import locked
 
 DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
 UNFETCHED = (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError)  # by torchvision
@@ -154,25 +155,41 @@ def _digits(split: str) -> Split:
 
 
 def _download(dataset: str, data_dir: str, split: str) -> Split:
-    """CIFAR or STL-10, downloaded, verified by checksum and unpacked by torchvision."""
-    source = DOWNLOADS[dataset]
+    """CIFAR or STL-10, downloaded, verified by checksum and unpacked by torchvision.
+
+    One process at a time downloads and unpacks; others wait for it, and use what is there then.
+    """
+    source, data_dir = DOWNLOADS[dataset], os.path.expanduser(data_dir)
+    part = {"pretrain": "unlabeled"}.get(split, split)
+    which = {"split": part} if dataset == "stl10" else {"train": split != "test"}
+    try:
+        found = source(data_dir, **which)
+    except RuntimeError:  # not there, or not complete
+        found = _fetch(source, data_dir, which)
+    images = found.data if dataset == "stl10" else found.data.transpose(0, 3, 1, 2)
+    labels = found.labels if dataset == "stl10" else found.targets
+    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(found.classes))
+
+
+def _fetch(source: type, data_dir: str, which: dict[str, Any]) -> VisionDataset:
+    """Download and unpack one of DOWNLOADS; an archive gets its name once it is complete."""
     if hasattr(tarfile, "data_filter"):  # PEP 706: no member, no link leads out of data_dir
         tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    data_dir = os.path.expanduser(data_dir)
-    archive = Path(data_dir) / source.filename
-    if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
-        raise UserError(
-            f"{archive} is damaged or incomplete (its MD5 is not {source.tgz_md5}): "
-            f"delete it to download it again, or replace it with {source.url}"
-        )
+    archive, part = Path(data_dir) / source.filename, f".{source.filename}.part"
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    wait = f"waits for another process, which fetches {source.filename} into {data_dir}"
     try:
-        if dataset == "stl10":
-            name = {"pretrain": "unlabeled"}.get(split, split)
-            downloaded = source(data_dir, split=name, download=True)
-            images, labels = downloaded.data, downloaded.labels
-        else:
-            downloaded = source(data_dir, train=split != "test", download=True)
-            images, labels = downloaded.data.transpose(0, 3, 1, 2), downloaded.targets
+        with locked(archive.parent, "download", wait=wait):
+            if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
+                raise UserError(
+                    f"{archive} is damaged or incomplete (its MD5 is not {source.tgz_md5}): "
+                    f"delete it to download it again, or replace it with {source.url}"
+                )
+            if not archive.exists():
+                download_url(source.url, data_dir, part, source.tgz_md5)
+                archive.with_name(part).replace(archive)
+            return source(data_dir, download=True, **which)
     except UNFETCHED as error:
         raise UserError(
             f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
@@ -180,8 +197,6 @@ def _download(dataset: str, data_dir: str, split: str) -> Split:
         ) from None
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): delete it") from None
-    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-    return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(downloaded.classes))
 
 
 def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:

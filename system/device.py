@@ -2,11 +2,16 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch
 
 from system.errors import ConfigError
 
@@ -64,6 +69,18 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, precision in PRECISIONS.items() if precision == dtype)
 
 
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` has a convolution in `dtype`, and its gradient."""
+    x = torch.ones(2, 8, 8, 8, device=device, requires_grad=True)
+    try:
+        with autocast(device, dtype):
+            y = F.conv2d(x, torch.ones(8, 8, 3, 3, device=device))
+        y.sum().backward()
+    except RuntimeError:
+        return False
+    return y.dtype == dtype  # without it, autocast may only warn
+
+
 def select_compile(
     choice: bool | str, device: torch.device, views: float, supported: bool = True
 ) -> bool:
@@ -77,17 +94,45 @@ def select_compile(
     pays = supported and views >= COMPILE_PAYS.get(device.type, math.inf)
     if choice is False or (choice == "auto" and not pays):
         return False
+    new = time.time()  # a constant that no cache of torch's holds, so that all parts do run
     try:
-        torch.compile(lambda x: x.sin())(torch.zeros(2, device=device))
+        torch.compile(lambda x: x.sin() + new)(torch.zeros(2, device=device))
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if choice is True:
-            raise ConfigError(
-                f"compile=true: must be false or auto on this machine ({reason})"
-            ) from None
-        log.warning(f"warning: compile=auto does not compile on this machine ({reason})")
-        return False
+        return _not_compiled(choice, error)
     return True
+
+
+def compile_static(f: Callable[..., Any], choice: bool | str) -> Callable[..., Any]:
+    """`f` compiled, for static shapes; what `select_compile` tried may still fail with it.
+
+    If `choice` is "auto" `f` itself runs from then on, after a warning: a failure to compile comes
+    before anything has run, that of the backward pass too. True raises ConfigError.
+    """
+    functorch.force_non_lazy_backward_lowering = True
+    run = torch.compile(f, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        nonlocal run
+        try:
+            return run(*args)
+        except TorchDynamoException as error:
+            _not_compiled(choice, error)
+        run = f
+        return f(*args)
+
+    return call
+
+
+def _not_compiled(choice: bool | str, error: Exception) -> bool:
+    """Warn for "auto", raise ConfigError for True, in one line of torch's many."""
+    text = str(error).split("Set TORCHDYNAMO_VERBOSE")[0].split("Output:\n")[-1]
+    reason = f"{type(error).__name__}: {' '.join(text.split())[:200]}"
+    if choice is True:
+        raise ConfigError(
+            f"compile=true: must be false or auto on this machine ({reason})"
+        ) from None
+    log.warning(f"warning: compile=auto does not compile on this machine ({reason})")
+    return False
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -19,6 +19,7 @@ OTHERS = ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOP = (*ALWAYS, *(getattr(signal, name) for name in OTHERS if hasattr(signal, name)))
 AT_ONCE = (*ALWAYS, getattr(signal, "SIGQUIT", None))  # SIGXCPU comes every second
 TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
+rank: int | None = None  # of this process, where training.distributed has started several
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
 PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
 
@@ -127,7 +128,7 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         return f"{error.filename or 'system'}: {error.strerror or error}", 1
     if not isinstance(error, (MemoryError, RuntimeError)):  # torch's own on CUDA alone has a class
         return None
-    if "RANK" in os.environ and PEER_ENDED.search(text):
+    if rank is not None and PEER_ENDED.search(text):
         return f"another rank has ended ({str(error).splitlines()[0][:200]})", 1
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(text):
         return None
@@ -152,6 +153,5 @@ def one_line_errors() -> Iterator[None]:
             raise
         line, exit_code = known
         line = line if exit_code > 128 else f"error: {line}"  # a signal is no error
-        rank = os.environ.get("RANK", "0")  # of torchrun
-        print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
+        print(f"rank {rank}: {line}" if rank else line, file=sys.stderr)
         sys.exit(exit_code)

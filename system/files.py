@@ -94,29 +94,37 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 @contextmanager
-def locked(run_dir: Path, name: str, needed: bool = True) -> Iterator[None]:
-    """Hold the lock `run_dir`/.<name>.lock within the block; does nothing unless `needed`.
+def locked(
+    directory: Path, name: str, needed: bool = True, wait: str | None = None
+) -> Iterator[None]:
+    """Hold the lock `directory`/.<name>.lock within the block; does nothing unless `needed`.
 
     The operating system releases the lock when the process ends, however it ends; the empty file
-    may stay. Warns on a file system without locks. Raises UserError if another process holds the
-    lock or the file cannot be written.
+    may stay. While another process holds it: waits, with the line `wait` in the log, or without
+    one raises UserError. Warns on a file system without locks. Raises UserError if the file cannot
+    be written; with `wait` the block then runs without, since no other process can write there.
     """
-    lock = FileLock(run_dir / f".{name}.lock", fallback_to_soft=False)
+    lock = FileLock(directory / f".{name}.lock", fallback_to_soft=False)
     try:
         if needed:
             lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(
-            f"{run_dir} is in use by another {name}.py: wait until that ends, or choose another "
-            "run directory with hydra.run.dir=PATH"
-        ) from None
+        if wait is None:
+            raise UserError(
+                f"{directory} is in use by another {name}.py: wait until that ends, or choose "
+                "another run directory with hydra.run.dir=PATH"
+            ) from None
+        log.warning(wait)
+        lock.acquire()  # looks again and again, so that signals end it
     except (OSError, NotImplementedError) as error:  # filelock's own word for ENOSYS is the second
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+            one = f"start one {name}.py" if wait is None else "let one process end its download"
+            log.warning(f"warning: {directory} is on a file system without locks: {one}")
+        elif wait is None:
             raise UserError(
                 f"{lock.lock_file} cannot be written ({error.strerror}): make the directory "
                 "writable, or choose another with hydra.run.dir=PATH"
             ) from None
-        log.warning(f"warning: {run_dir} is on a file system without locks: start one {name}.py")
     try:
         yield
     finally:

@@ -1,22 +1,31 @@
 """Every dataset: splits, labels, what is refused; CIFAR from a small archive in its own format."""
 
+import errno
 import hashlib
 import io
 import pickle
 import re
+import shutil
 import tarfile
+import threading
+import time
 import urllib.error
 import urllib.request
+import urllib.response
+from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from images.datasets import draw_stratified, hold_out, load_split, resize
 from images.folder import list_folder, load_images
+from system import files
 from system.errors import UserError
 
 
@@ -94,7 +103,7 @@ def test_a_damaged_archive_is_refused_and_not_unpacked(monkeypatch, tmp_path):
     before = (tmp_path / CIFAR10.filename).read_bytes()
     with pytest.raises(UserError, match=r"cifar-10-python.tar.gz is damaged.*MD5.*delete it"):
         load_split("cifar10", str(tmp_path), "train", 32)
-    assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.filename]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == [CIFAR10.filename]
     assert (tmp_path / CIFAR10.filename).read_bytes() == before
 
 
@@ -106,6 +115,113 @@ def test_a_batch_with_another_checksum_is_replaced_not_unpickled(monkeypatch, tm
     (folder / "data_batch_1").write_bytes(trap)
     assert len(load_split("cifar10", str(tmp_path), "train", 32).images) == 25
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def cold(monkeypatch, tmp_path):
+    """cold.archive: CIFAR-10's content, which only a download has; cold.requests: two for each."""
+
+    class Cold:
+        root = tmp_path / "data"
+        requests = 0
+
+    def fetch(request, **kwargs):
+        Cold.requests += 1
+        time.sleep(0.2)  # longer than it takes to look for the file
+        found = urllib.response.addinfourl(io.BytesIO(Cold.archive), Message(), CIFAR10.url)
+        found.length = len(Cold.archive)
+        return found
+
+    write_cifar(monkeypatch, Cold.root)
+    path = Cold.root / CIFAR10.filename
+    Cold.archive = path.read_bytes()
+    shutil.rmtree(Cold.root)
+    monkeypatch.setattr(urllib.request, "urlopen", fetch)
+    return Cold
+
+
+TRAIN = [
+    "dataset=cifar10", "data_dir=data", "image_size=8", "batch_size=8", "hidden_dim=8",
+    "projection_dim=8", "knn_interval=0", "epochs=1", "device=cpu",
+]  # fmt: skip
+HALF = {  # what the process that holds the lock has on disk, at its start
+    "nothing": lambda root, archive: None,
+    "half a download": lambda root, archive: (root / f".{CIFAR10.filename}.part").write_bytes(
+        archive[:-50]
+    ),
+    "half an archive": lambda root, archive: (root / CIFAR10.filename).write_bytes(archive[:-50]),
+    "half of it unpacked": lambda root, archive: (
+        (root / CIFAR10.base_folder).mkdir(),
+        (root / CIFAR10.base_folder / "data_batch_1").write_bytes(b"half"),
+        (root / CIFAR10.filename).write_bytes(archive),
+    ),
+}
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_one_downloads_and_the_other_waits_for_it(call, thin, cold, half, monkeypatch):
+    cold.root.mkdir()
+    HALF[half](cold.root, cold.archive)
+    held, said, warning = threading.Event(), threading.Event(), files.log.warning
+    monkeypatch.setattr(files.log, "warning", lambda text: (warning(text), said.set()))
+
+    def download():
+        with FileLock(cold.root / ".download.lock"):
+            held.set()
+            assert said.wait(30)
+            (cold.root / CIFAR10.filename).write_bytes(cold.archive)
+
+    other = threading.Thread(target=download)
+    other.start()
+    held.wait()
+    code, error = call("simclr.py", *TRAIN, "hydra.run.dir=run")
+    other.join()
+    assert code == 0 and cold.requests == 0, error
+    waits = f"waits for another process, which fetches {CIFAR10.filename} into data"
+    assert call.stdout.count(waits) == 1
+    assert (cold.root / CIFAR10.filename).read_bytes() == cold.archive
+
+
+def test_what_a_killed_download_left_is_replaced(call, thin, cold):
+    """Its own name is that of no archive, and nobody holds the lock."""
+    cold.root.mkdir()
+    HALF["half a download"](cold.root, cold.archive)
+    code, error = call("simclr.py", *TRAIN)
+    assert code == 0 and cold.requests == 2, error
+    assert (cold.root / CIFAR10.filename).read_bytes() == cold.archive
+    assert not list(cold.root.glob("*.part"))
+    code, error = call("simclr.py", *TRAIN, "hydra.run.dir=other")
+    assert code == 0 and cold.requests == 2, error
+
+
+def test_two_cold_starts_download_once(cold):
+    with ThreadPoolExecutor(3) as pool:
+        splits = list(pool.map(lambda _: load_split("cifar10", str(cold.root), "train", 8), "123"))
+    assert [len(split.images) for split in splits] == 3 * [25] and cold.requests == 2
+
+
+def test_complete_data_need_no_lock(cold, monkeypatch):
+    """A data_dir that others share is often read-only; and a file system may have no locks."""
+    errors = [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "read-only")]
+    errors += [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")]
+    load_split("cifar10", str(cold.root), "train", 8)
+    for error in errors:
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(FileLock, "_acquire", fail)
+        assert len(load_split("cifar10", str(cold.root), "test", 8).images) == 5
+    assert cold.requests == 2
+
+
+def test_without_locks_a_download_warns_and_goes_on(cold, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "_acquire", fail)
+    assert len(load_split("cifar10", str(cold.root), "train", 8).images) == 25
+    assert "is on a file system without locks: let one process end its download" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])

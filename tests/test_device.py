@@ -1,8 +1,14 @@
 """Device, precision and compilation: what auto takes, and what is refused."""
 
+import json
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
-import torch._inductor.config
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config as inductor
 
 from system import device
 from system.device import (
@@ -132,12 +138,82 @@ def test_no_trial_where_compiling_is_not_supported_warns_of_nothing(trials, capl
     assert not trials and not caplog.records
 
 
+TRAIN = [
+    "dataset=digits", "image_size=8", "batch_size=256", "hidden_dim=8", "projection_dim=4",
+    "knn_interval=0", "epochs=1", "device=cpu", "precision=fp32",
+]  # fmt: skip
+
+
+def failing_backend(monkeypatch, part):
+    """torch.compile whose compiler fails on `part` of the graph: "forward" or "backward"."""
+
+    def compiler(name):
+        def compile_graph(graph, inputs):
+            if name == part:
+                raise OSError("failed to map segment from shared object")
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("part", "choice", "warm"),
+    [("forward", "auto", False), ("forward", "true", False), ("forward", "true", True),
+     ("backward", "auto", True)],
+)  # fmt: skip
+def test_what_cannot_be_compiled_is_one_line(call, thin, monkeypatch, part, choice, warm):
+    """Wherever it fails, in the trial or later (warm: the trial passes): auto loses nothing."""
+    monkeypatch.setitem(device.COMPILE_PAYS, "cpu", 0)
+    if warm:
+        monkeypatch.setattr(device, "select_compile", lambda *_: True)
+    failing_backend(monkeypatch, part)
+    code, error = call("simclr.py", *TRAIN, f"compile={choice}", "hydra.run.dir=run")
+    torch._dynamo.reset()
+    assert "Traceback" not in error
+    if choice == "true":
+        message = "error: compile=true: must be false or auto on this machine ("
+        assert code == 2 and error.splitlines()[-1].startswith(message)
+        return
+    said = "warning: compile=auto does not compile on this machine (BackendCompilerFailed: backend="
+    assert code == 0 and call.stdout.count(said) == 1 and "Error" not in error, error
+    code, error = call("simclr.py", *TRAIN, "compile=false", "hydra.run.dir=eager")
+    eager, auto = (Path(run, "metrics.jsonl").read_text() for run in ("eager", "run"))
+    assert without_times(auto) == without_times(eager)
+
+
+def without_times(metrics):
+    """A line of metrics.jsonl without what differs between any two runs."""
+    return {
+        k: v for k, v in json.loads(metrics).items() if k not in ("seconds", "views_per_second")
+    }
+
+
+@pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", "fails", "prints nothing"])
+def test_a_compiler_that_does_not_work_is_found_though_a_cache_is_warm(tmp_path, compiler):
+    select_compile(True, CPU, 1)
+    script = tmp_path / "c++"
+    says = "[ $1 = --version ] && exec c++ $1; exit 1" if compiler == "fails" else "exit 0"
+    script.write_text(f"#!/bin/sh\n{says}\n")
+    script.chmod(0o755)
+    path = str(script) if " " in compiler or compiler == "fails" else compiler
+    torch._dynamo.reset()
+    refused = pytest.raises(ConfigError, match="compile=true: must be false or auto")
+    with inductor.patch({"cpp.cxx": (None, path)}), refused as error:
+        select_compile(True, CPU, 1)
+    assert "\n" not in str(error.value) and "TORCHDYNAMO_VERBOSE" not in str(error.value)
+    torch._dynamo.reset()
+
+
 @pytest.fixture
-def no_compiler(monkeypatch):
+def no_compiler():
     """A machine on which torch finds no C++ compiler."""
     torch._dynamo.reset()  # what was compiled before is compiled again
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
-    yield
+    with inductor.patch({"cpp.cxx": ("/nowhere/c++",)}):
+        yield
     torch._dynamo.reset()
 
 

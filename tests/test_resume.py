@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import simclr
+import system.device
 from config import KEYS, MAY_CHANGE
 from system.checkpoint import load_checkpoint, load_encoder, to_bytes
 from system.errors import ConfigError, Stopped, UserError
@@ -137,6 +139,61 @@ def test_lars_is_resumed_with_its_velocity(run):
     whole = run("whole", *settings)
     run("stopped", *settings, stop=5)
     assert outcome(run("stopped", *settings)) == outcome(whole)
+
+
+def machine(monkeypatch, *capabilities):
+    """A CPU of another kind, by what precision=auto looks at."""
+    there = dict.fromkeys(capabilities, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
+
+
+@pytest.mark.parametrize(("first", "then"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_auto_goes_on_in_the_precision_of_the_run(run, monkeypatch, caplog, first, then):
+    caplog.set_level("INFO")
+    whole = outcome(run("whole", f"precision={first}"))
+    has = {"fp32": (), "bf16": ("amx_bf16",)}
+    machine(monkeypatch, *has[first])
+    folder = run("stopped", "precision=auto", stop=5)
+    machine(monkeypatch, *has[then])
+    said = f"precision=auto: {first}, in which the run began; a new one would take {then}"
+    assert said not in caplog.text
+    assert outcome(run("stopped", "precision=auto")) == whole
+    assert said in caplog.text
+    assert OmegaConf.load(folder / "config.yaml").precision == first
+    assert OmegaConf.load(run("new", "precision=auto") / "config.yaml").precision == then
+
+
+def test_a_precision_that_the_machine_has_not_is_refused_by_name(call, monkeypatch, tmp_path, run):
+    """As a float16 run of a GPU is on a machine whose autocast has no float16, or fails there."""
+    whole = run("stopped", "precision=fp16", stop=5)
+    command = [
+        "dataset=folder", f"data_dir={tmp_path / 'images'}", "image_size=8", "batch_size=8",
+        "epochs=3", "device=cpu", "projection_dim=8", "hidden_dim=16", "knn_interval=2",
+        f"hydra.run.dir={whole}",
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in whole.glob("*.pt")}
+
+    def unsupported(*args, **kwargs):
+        raise RuntimeError("not implemented for Half")
+
+    for cannot in (lambda device, dtype: nullcontext(), unsupported):
+        with monkeypatch.context() as other:
+            other.setattr(system.device, "autocast", cannot)
+            code, error = call("simclr.py", *command)
+        assert code == 2 and error.startswith("error: precision=auto: the run of ")
+        assert "has precision=fp16, in which this cpu cannot compute" in error
+    assert {path: path.read_bytes() for path in whole.glob("*.pt")} == before
+    code, error = call("simclr.py", *command)
+    assert code == 0, error
+    code, error = call("simclr.py", *command, "precision=bf16")  # named, it is another run
+    assert code == 2 and "precision=bf16 (was fp16)" in error
+
+
+def test_ranks_that_would_compute_in_different_precisions_are_refused(monkeypatch):
+    monkeypatch.setattr(state, "all_reduce_max", lambda number: max(number, 0))
+    machine(monkeypatch, "amx_bf16")
+    with pytest.raises(ConfigError, match="precision=auto: differs between the ranks, bf16 on"):
+        state.choose_precision("auto", torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

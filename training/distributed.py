@@ -5,8 +5,10 @@ In a single process each function here returns its input, so that simclr.py has 
 
 import itertools
 import logging
-import os
+import math
+import socket
 import time
+from system.environment import ALONE, Launch, launch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,20 +20,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from system import errors
 from system.errors import ConfigError, UserError
 
+log = logging.getLogger("simclr")
+
 TIMEOUT = timedelta(minutes=30)  # of a collective: as long as a download may take
+JOIN, SILENT = 300, 10  # seconds: for all ranks to start, and before a line says who waits
 _groups = itertools.count()  # process groups of this process: one for each job of a sweep
 
 
 def is_distributed() -> bool:
-    """Whether torchrun started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process is one of several ranks. Raises ConfigError as `launch`."""
+    return launch().world_size > 1
 
 
 def is_elastic_restart() -> bool:
     """Whether torchrun has restarted the ranks after a failure (--max-restarts)."""
-    return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
+    return all_reduce_max(launch().restarts) > 0
 
 
 def rank() -> int:
@@ -48,26 +54,31 @@ def world_size() -> int:
 def process_group(device: torch.device) -> Iterator[None]:
     """Initialise and tear down the process group; each rank uses GPU `local_rank`.
 
-    Rank 0 alone logs and draws progress bars. Raises UserError if a machine has fewer GPUs than
-    local ranks.
+    Rank 0 alone logs and draws progress bars. Raises ConfigError as `launch`; UserError if a
+    machine has fewer GPUs than local ranks, or the ranks do not find each other.
     """
-    if not is_distributed():
+    here = launch()
+    if here.world_size == 1:
         yield
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    errors.rank = here.rank
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if here.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local_rank} has no GPU of its own: --nproc_per_node must be at most "
-                f"{torch.cuda.device_count()}"
+                f"local rank {here.local_rank} has no GPU of its own: --nproc_per_node must be at "
+                f"most {torch.cuda.device_count()}"
             )
-        torch.cuda.set_device(local_rank)
-    if os.environ["RANK"] != "0":
+        torch.cuda.set_device(here.local_rank)
+    store = _join(here)
+    if here.rank != 0:
         logging.disable(logging.CRITICAL)
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, number, size = _fresh_store()
-    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
+    try:
+        dist.init_process_group(backend, None, TIMEOUT, here.world_size, here.rank, store)
+    except (RuntimeError, ValueError) as error:  # of GLOO_SOCKET_IFNAME and the like
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the ranks cannot be connected by {backend} ({reason})") from None
     try:
         yield
         barrier()
@@ -75,30 +86,54 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fresh_store() -> tuple[dist.Store, int, int]:
-    """Create a TCPStore on rank 0 for each (re)start; returns store, rank and world size.
+def _join(here: Launch) -> dist.Store:
+    """Create a TCPStore on rank 0 for each (re)start, and wait for all ranks to join it.
 
     torchrun's own store can keep the addresses of ranks that ended before a restart (torch 2.14.1).
-    It only passes the port of ours, read again until a server answers: an older port is dead.
+    The store at MASTER_PORT, torchrun's or else rank 0's, only passes the port of ours, which is
+    read again until a server answers: an older port is dead. torch itself would wait for 30 minutes
+    in C++, without a word and deaf to Ctrl-C.
     """
-    launcher_store, rank, world_size = next(dist.rendezvous("env://"))
-    host, key = os.environ["MASTER_ADDR"], f"simclr{next(_groups)}"
-    if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        launcher_store.set(key, str(store.port))
-        return store, rank, world_size
-    end = time.monotonic() + TIMEOUT.total_seconds()
+    try:
+        socket.getaddrinfo(here.host, here.port)
+    except (OSError, UnicodeError) as error:
+        name = f"the environment variable MASTER_ADDR={here.host}"
+        raise ConfigError(f"{name}: is no host known here ({error}); {ALONE}") from None
+    key, launcher, store = f"simclr{next(_groups)}", None, None
+    start = said = time.monotonic()
+    ranks = [f"rank {number}" for number in range(here.world_size)]
+    waits = f"rank {here.rank} of {here.world_size} waits for the others at {here.host}:{here.port}"
     while True:
         try:
-            port = int(launcher_store.get(key))
-            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=3))
-        except dist.DistError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
-        else:
-            store.set_timeout(TIMEOUT)
-            return store, rank, world_size
+            launcher = launcher or _tcp_store(
+                here.host, here.port, here.rank == 0 and not here.served
+            )
+            if store is None and here.rank == 0:
+                store = _tcp_store(here.host, 0, serves=True)
+                launcher.set(key, str(store.port))
+            store = store or _tcp_store(here.host, int(launcher.get(key)), serves=False)
+            store.set(ranks[here.rank], "")
+            if store.check(ranks):
+                store.set_timeout(TIMEOUT)
+                return store
+        except (dist.DistError, OSError) as error:
+            if here.rank == 0:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"MASTER_PORT={here.port}: no store there ({reason})") from None
+            launcher = store = None
+        if time.monotonic() - start > JOIN:
+            raise UserError(f"{waits} (MASTER_ADDR:MASTER_PORT) for {JOIN} seconds: {ALONE}")
+        if time.monotonic() - said > SILENT:
+            said = math.inf
+            log.info(f"{waits}, as MASTER_ADDR and MASTER_PORT say, at most {JOIN} seconds")
+        time.sleep(0.1)
+
+
+def _tcp_store(host: str, port: int, serves: bool) -> dist.TCPStore:
+    short = timedelta(seconds=3)
+    if not serves:  # torch itself would print a stack of C++
+        socket.create_connection((host, port), short.total_seconds()).close()
+    return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=short)
 
 
 def check_ranks(
@@ -209,7 +244,7 @@ def check_same(numbers: tuple[int, ...], what: str) -> None:
 @contextmanager
 def local_rank_zero_first() -> Iterator[None]:
     """Run the block on local rank 0 of each machine first, then on the others: for downloads."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = launch().local_rank == 0
     if not first:
         barrier()
     yield

@@ -1,5 +1,6 @@
 """Save and restore the training state, from which a stopped run continues as the same run."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from models import SimCLR
 from system.checkpoint import FORMAT, Damaged, load_checkpoint, to_bytes
+from system.device import PRECISIONS, computes_in, precision_name, select_precision
 from system.errors import ConfigError, UserError
 from system.files import RUN_MARKS, write_file
-from training.distributed import check_same
+from training.distributed import all_reduce_max, check_same
+
+log = logging.getLogger("simclr")
 
 STATE_PARTS = {
     "model": dict, "optimizer": dict, "scaler": dict, "random": dict, "epoch": int,
@@ -143,10 +147,11 @@ def check_unchanged(
 ) -> None:
     """Raise ConfigError if `new` differs from `old`, the config of the state in `path`.
 
-    Keys in `may_change` are not compared: they say where and how a run is computed, not what.
+    Keys in `may_change` are not compared: they say where and how a run is computed, not what; nor
+    precision=auto, for which `choose_precision` takes that of the run.
     """
-    absent = "absent"
-    keys = [key for key in {**new, **old} if key not in may_change]
+    absent, auto = "absent", ("precision",) if new.get("precision") == "auto" else ()
+    keys = [key for key in {**new, **old} if key not in (*may_change, *auto)]
     changed = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
     if changed:
         pairs = (f"{key}={new.get(key, absent)} (was {old.get(key, absent)})" for key in changed)
@@ -154,6 +159,28 @@ def check_unchanged(
             f"{', '.join(pairs)}: must be as in {path} to resume that run; resume=false starts "
             "over and moves its files aside, hydra.run.dir=PATH starts in another run directory"
         )
+
+
+def choose_precision(choice: str, device: torch.device, saved: SavedState | None) -> str:
+    """The name of a run's precision: for "auto" that of the saved run, if there is one.
+
+    Raises ConfigError if this device cannot compute in that, or "auto" differs between ranks.
+    """
+    name = new = precision_name(select_precision(choice, device))
+    if choice == "auto" and saved is not None:
+        name = saved.content["config"].get("precision", new)
+        if name not in PRECISIONS or not computes_in(PRECISIONS[name], device):
+            raise ConfigError(
+                f"precision=auto: the run of {saved.path} has precision={name}, in which this "
+                f"{device.type} cannot compute: resume it on a machine that can, start over with "
+                "resume=false, or choose another run directory with hydra.run.dir=PATH"
+            )
+        if name != new:
+            log.info(f"precision=auto: {name}, in which the run began; a new one would take {new}")
+    number = list(PRECISIONS).index(name)
+    if all_reduce_max(number) != -all_reduce_max(-number):
+        raise ConfigError(f"precision=auto: differs between the ranks, {name} on this: name one")
+    return name
 
 
 def restore(training: Training, saved: SavedState, images: str) -> None:
