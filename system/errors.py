@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate|not enough memory|ALLOC_FAILED")
 PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
 
 
@@ -97,6 +97,17 @@ class StopSignals:
             raise Stopped(number)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, of the host or of a GPU, was used up; most of torch's have no class."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def out_of_memory(error: Exception) -> str:
+    """Such an error in words: "out of memory (…)", with the sentence that says what was asked."""
+    sentences = [s for s in str(error).split(". ") if OUT_OF_MEMORY.search(s)]
+    return f"out of memory ({(sentences or [str(error) or 'of the host'])[0]})"
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print user, system and out-of-memory errors as one line on stderr, and exit with a code.
@@ -113,14 +124,9 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
         if "RANK" in os.environ and PEER_ENDED.search(str(error)):
             _end(f"error: another rank has ended ({str(error).splitlines()[0][:200]})", 1)
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
-        what = str(error).split(". ")[0]
-        _end(
-            f"error: out of memory ({what}): take activation_checkpointing=true; or a smaller "
-            "batch_size, or a micro_batch_size that divides it, with resume=false",
-            1,
-        )
+        _end(f"error: {out_of_memory(error)}: this machine has too little for it", 1)
     except OSError as error:
         _end(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:

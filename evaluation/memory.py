@@ -1,0 +1,38 @@
+"""What an evaluation keeps in memory: refused before the encoder runs if it surely does not fit."""
+
+from evaluation.classifiers import EvaluationTask
+from system.memory import check_fits
+
+
+def check_memory(task: EvaluationTask, encoders: list[str], protocols: list[str]) -> None:
+    """Raise ConfigError if a batch, the features or the cached crops surely do not fit.
+
+    task: of the checkpoint; encoders: "checkpoint" and baselines; protocols: names of the config.
+    Counted is less than what is needed: a batch and two maps of the first layer, and the features
+    of all images, with a second copy (normalised, or of the first crops) where a protocol makes it.
+    """
+    device, m, n = task.train.labels.device, len(task.train.images), len(task.test_images)
+    width, pixels = task.dtype.itemsize, 3 * task.size**2
+    batch = min(task.batch_size, max(m, n))
+    image = 4 * pixels + 2 * 64 * width * (task.size // task.enc.conv1.stride[0]) ** 2
+    check_fits(
+        f"batch_size={task.batch_size}", f"{batch:,} images in the first layer of the network",
+        batch * image, device, lambda free: free / image,
+    )  # fmt: skip
+    copies = 1 + bool({"knn", "linear", "logistic"} & {*protocols})
+    for encoder in encoders if {*protocols} - {"finetune"} else ():
+        row = 4 * pixels if encoder == "pixels" else width * task.feature_dim
+        count = f"{m:,} training and {n:,} test images"
+        check_fits(
+            f"labels (now {m // len(task.train.classes)} of each class)",
+            f"features ({encoder}) of {count}",
+            row * (copies * m + n), device,
+            lambda free, row=row: (free / row - n) / copies / len(task.train.classes),
+        )  # fmt: skip
+        views = min(task.views, task.epochs) if "linear" in protocols else 0
+        check_fits(
+            f"finetune_views={task.views}",
+            f"features ({encoder}) of {views:,} crops of {count}",
+            row * ((1 + views) * m + n), device,
+            lambda free, row=row: (free / row - n - m) / m,
+        )  # fmt: skip
