@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def clean_features(
             check()
             yield resize(x, size)
 
-    return extract_features(enc, batches(), dtype, trained)
+    with closing(batches()) as parts:  # and the bar, before an error is printed
+        return extract_features(enc, parts, dtype, trained)
 
 
 def crop_features(
@@ -135,15 +136,16 @@ def crop_features(
     """
     rng = torch.Generator(images.device).manual_seed(seed)
     features = None
-    for k in tqdm(range(views), "features of crops", leave=False, unit="view"):
-        crops = (
-            random_crop_flip(x, draw(len(x), rng), size, crop_scale, flip_probability)
-            for x in images.split(batch_size)
-        )
-        view = extract_features(enc, crops, dtype)
-        if features is None:
-            features = view.new_empty(views, *view.shape)
-        features[k] = view
+    with tqdm(range(views), "features of crops", leave=False, unit="view") as bar:
+        for k in bar:
+            crops = (
+                random_crop_flip(x, draw(len(x), rng), size, crop_scale, flip_probability)
+                for x in images.split(batch_size)
+            )
+            view = extract_features(enc, crops, dtype)
+            if features is None:
+                features = view.new_empty(views, *view.shape)
+            features[k] = view
     return features
 
 

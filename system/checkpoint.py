@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import SimCLR
-from system.errors import UserError, is_out_of_memory
+from system.errors import UserError, out_of_memory
 from system.files import write_file
 
 # The config keys that define the network and the size of its input.
@@ -90,7 +90,7 @@ def _read(path: Path, unzipped: bool = False) -> Any:
             f"{path} is no checkpoint: it is not the plain data of simclr.py or of a state dict"
         ) from None
     except Exception as error:  # the readers raise many types
-        if is_out_of_memory(error):
+        if out_of_memory(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{path} is damaged or no checkpoint ({reason})") from None
@@ -187,7 +187,7 @@ def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimC
             model.load_state_dict(saved["model"])
             _check_values(model, str(path))
     except (RuntimeError, ValueError, TypeError) as error:
-        if is_out_of_memory(error):
+        if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its weights do not fit its config ({reason[:300]} …)") from None

@@ -97,15 +97,17 @@ class StopSignals:
             raise Stopped(number)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory, of the host or of a GPU, was used up; most of torch's have no class."""
-    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+def out_of_memory(error: BaseException | None) -> str | None:
+    """What was asked for, in words, if memory of the host or a GPU was used up; else None.
 
-
-def out_of_memory(error: Exception) -> str:
-    """Such an error in words: "out of memory (…)", with the sentence that says what was asked."""
-    sentences = [s for s in str(error).split(". ") if OUT_OF_MEMORY.search(s)]
-    return f"out of memory ({(sentences or [str(error) or 'of the host'])[0]})"
+    Most of torch's errors have no class of their own, and one that comes of cleaning up hides it.
+    """
+    while error is not None:
+        sentences = [s for s in str(error).split(". ") if OUT_OF_MEMORY.search(s)]
+        if sentences or isinstance(error, MemoryError):
+            return f"out of memory ({(sentences or [str(error) or 'of the host'])[0]})"
+        error = error.__context__
+    return None
 
 
 @contextmanager
@@ -124,9 +126,9 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch's own on CUDA alone has a class
         if "RANK" in os.environ and PEER_ENDED.search(str(error)):
             _end(f"error: another rank has ended ({str(error).splitlines()[0][:200]})", 1)
-        if not is_out_of_memory(error):
+        if (what := out_of_memory(error)) is None:
             raise
-        _end(f"error: {out_of_memory(error)}: this machine has too little for it", 1)
+        _end(f"error: {what}: this machine has too little for it", 1)
     except OSError as error:
         _end(f"error: {error.filename or 'system'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from models import SimCLR
-from system.errors import ConfigError, UserError, is_out_of_memory, out_of_memory
+from system.errors import ConfigError, UserError, out_of_memory
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 PRETRAINING = (  # what helps when simclr.py runs out of memory
@@ -131,6 +131,6 @@ def memory_advice(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if (what := out_of_memory(error)) is None:
             raise
-        raise UserError(f"{out_of_memory(error)}: {advice}") from None
+        raise UserError(f"{what}: {advice}") from None
