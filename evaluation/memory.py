@@ -19,20 +19,19 @@ def check_memory(task: EvaluationTask, encoders: list[str], protocols: list[str]
         f"batch_size={task.batch_size}", f"{batch:,} images in the first layer of the network",
         batch * image, device, lambda free: free / image,
     )  # fmt: skip
+    if not {*protocols} - {"finetune"}:
+        return
+    rows = {e: 4 * pixels if e == "pixels" else width * task.feature_dim for e in encoders}
+    encoder = max(rows, key=rows.get)  # the others fit where the features of this one do
+    row, classes, count = rows[encoder], len(task.train.classes), f"{m:,} training and {n:,} test"
     copies = 1 + bool({"knn", "linear", "logistic"} & {*protocols})
-    for encoder in encoders if {*protocols} - {"finetune"} else ():
-        row = 4 * pixels if encoder == "pixels" else width * task.feature_dim
-        count = f"{m:,} training and {n:,} test images"
-        check_fits(
-            f"labels (now {m // len(task.train.classes)} of each class)",
-            f"features ({encoder}) of {count}",
-            row * (copies * m + n), device,
-            lambda free, row=row: (free / row - n) / copies / len(task.train.classes),
-        )  # fmt: skip
-        views = min(task.views, task.epochs) if "linear" in protocols else 0
-        check_fits(
-            f"finetune_views={task.views}",
-            f"features ({encoder}) of {views:,} crops of {count}",
-            row * ((1 + views) * m + n), device,
-            lambda free, row=row: (free / row - n - m) / m,
-        )  # fmt: skip
+    check_fits(
+        f"labels (now {m // classes} of each class)", f"features ({encoder}) of {count} images",
+        row * (copies * m + n), device, lambda free: (free / row - n) / copies / classes,
+    )  # fmt: skip
+    views = min(task.views, task.epochs) if "linear" in protocols else 0
+    check_fits(
+        f"finetune_views={task.views}",
+        f"features ({encoder}) of {count} images and of {views:,} crops of each training image",
+        row * ((1 + views) * m + n), device, lambda free: (free / row - n - m) / m,
+    )  # fmt: skip

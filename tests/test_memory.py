@@ -62,9 +62,14 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_computed(
     """With the key, its bytes and the largest value that fits; which then is not refused."""
     given, free, key, largest = TOO_LARGE[case]
     overrides = "dataset=digits", "batch_size=8", "precision=fp32", *given
-    for bytes_free, allowed in ((free, largest), (free - 1, largest - 1)):
+    above = f"{key}={largest + 1}"
+    for bytes_free, allowed, *more in (
+        (free, largest),
+        (free, largest, above),
+        (free - 1, largest - 1),
+    ):
         monkeypatch.setattr(memory, "free_memory", lambda device, n=bytes_free: n)
-        code, error = call(*LIN, *overrides, "finetune_epochs=9999")
+        code, error = call(*LIN, *overrides, "finetune_epochs=9999", *more)
         assert code == 2 and error.count("\n") == 1 and error.startswith(f"error: {key}"), error
         assert f": must be at most {allowed} here: " in error and "MB are free on cpu" in error
         assert not computed and not (tmp_path / "out" / "results.json").exists()
