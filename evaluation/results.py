@@ -1,6 +1,7 @@
 """Scores and tables of an evaluation; results.json, results.md and predictions.csv."""
 
 import csv
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -8,8 +9,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evaluation.classifiers import EvaluationTask
 from evaluation.features import accuracy, top_k_accuracy
 from evaluation.protocols import ProtocolResult
 from system.files import write_file
@@ -117,8 +120,40 @@ def _words(settings: dict[str, float]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
 
 
-def write_results(out_dir: Path, results: dict[str, Any]) -> None:
-    """Write results.json and results.md, or results_labels<…> for few labels, atomically."""
+def describe_source(
+    cfg: DictConfig, saved: dict[str, Any], checkpoint: Path, task: EvaluationTask
+) -> dict[str, Any]:
+    """What was evaluated on what: checkpoint, data and settings, for results.json."""
+    return {
+        "checkpoint": str(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "epoch": saved["epoch"],
+        "backbone": saved["config"]["backbone"],
+        "dataset": cfg.dataset,
+        "labels": cfg.labels,
+        "training_images": len(task.train.images),
+        "test_images": len(task.test_images),
+        "precision": str(task.dtype).removeprefix("torch."),
+        "config": saved["config"],
+        "evaluation_config": OmegaConf.to_container(cfg),
+    }
+
+
+def write_results(
+    out_dir: Path,
+    about: dict[str, Any],
+    scored: dict[tuple[str, str], list[dict[str, Any]]],
+    classes: list[str],
+) -> dict[str, Any]:
+    """Write what is scored so far to results.json and results.md; returns the content of the first.
+
+    about: from `describe_source`; scored: the runs (from `score`) of each
+    encoder and protocol. The names are results_labels<…> for few labels. Each file is replaced
+    atomically. Raises UserError if that fails.
+    """
+    rows = [summarise(*key, runs) for key, runs in scored.items()]
+    linear = per_class(scored.get(("checkpoint", "linear"), []), classes)
+    results = {**headline(rows), **about, "protocols": rows, **linear}
     labels, cfg = results["labels"], results["evaluation_config"]
     text = (
         f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
@@ -129,9 +164,10 @@ def write_results(out_dir: Path, results: dict[str, Any]) -> None:
     name = "results" if labels is None else f"results_labels{labels}"
     for suffix, content in (
         (".json", json.dumps(results, indent=2) + "\n"),
-        (".md", text + table(results["protocols"], settings=True) + "\n"),
+        (".md", text + table(rows, settings=True) + "\n"),
     ):
         write_file(out_dir / (name + suffix), content.encode())
+    return results
 
 
 def write_predictions(

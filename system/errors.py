@@ -20,7 +20,7 @@ STOP = (*ALWAYS, *(getattr(signal, name) for name in OTHERS if hasattr(signal, n
 AT_ONCE = (*ALWAYS, getattr(signal, "SIGQUIT", None))  # SIGXCPU comes every second
 TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
 rank: int | None = None  # of this process, where training.distributed has started several
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate|not enough memory|ALLOC_FAILED")
 PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
 
 
@@ -115,6 +115,19 @@ class StopSignals:
             raise Stopped(number)
 
 
+def out_of_memory(error: BaseException | None) -> str | None:
+    """What was asked for, in words, if memory of the host or a GPU was used up; else None.
+
+    Most of torch's errors have no class of their own, and one that comes of cleaning up hides it.
+    """
+    while error is not None:
+        sentences = [s for s in str(error).split(". ") if OUT_OF_MEMORY.search(s)]
+        if sentences or isinstance(error, MemoryError):
+            return f"out of memory ({(sentences or [str(error) or 'of the host'])[0]})"
+        error = error.__context__
+    return None
+
+
 def describe(error: BaseException) -> tuple[str, int] | None:
     """What a user, a machine or a signal did, in one line, and the exit code; None for a bug."""
     text = " ".join(str(error).split())
@@ -130,13 +143,8 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         return None
     if rank is not None and PEER_ENDED.search(text):
         return f"another rank has ended ({str(error).splitlines()[0][:200]})", 1
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(text):
-        return None
-    what = str(error).split(". ")[0]
-    return (
-        f"out of memory ({what}): take activation_checkpointing=true; or a smaller "
-        "batch_size, or a micro_batch_size that divides it, with resume=false"
-    ), 1
+    what = out_of_memory(error)
+    return None if what is None else (f"{what}: this machine has too little for it", 1)
 
 
 @contextmanager

@@ -581,7 +581,7 @@ BAD_INITS = {
         lambda: None,
         "init=x.pth: must be a file with weights; there is no such file",
     ),
-    "a directory": (lambda: Path("x.pth").mkdir(), "a file with weights; x.pth has no .pt file"),
+    "a directory": (lambda: Path("x.pth").mkdir(), "no checkpoint in x.pth: x.pth has no .pt file"),
     "empty": (lambda: Path("x.pth").write_bytes(b""), "x.pth is damaged or no checkpoint"),
     "text": (lambda: Path("x.pth").write_text("text"), "x.pth is damaged or no checkpoint"),
     "truncated": (
