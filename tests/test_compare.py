@@ -6,8 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from compare import compare, main, read_run
-from system.errors import UserError
+from compare import compare, main, read_runs
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def runs(config, tmp_path):
 
 
 def test_runs_stand_in_the_order_of_their_knn_at_the_end_with_what_differs(runs):
-    lines = compare([read_run(run) for run in runs]).splitlines()
+    lines = compare(read_runs(runs, [])).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == [
         "run",
@@ -50,7 +49,7 @@ def test_runs_stand_in_the_order_of_their_knn_at_the_end_with_what_differs(runs)
 
 def test_the_order_does_not_ask_the_test_set(runs):
     (runs[0] / "results.json").write_text(json.dumps({"linear_acc": 0.99, "knn_acc": 0.99}))
-    assert compare([read_run(run) for run in runs]).splitlines()[2].startswith("| run0.5 ")
+    assert compare(read_runs(runs, [])).splitlines()[2].startswith("| run0.5 ")
 
 
 def test_what_a_sweep_leaves_beside_its_runs_is_no_run(runs, tmp_path, monkeypatch, capsys):
@@ -64,15 +63,3 @@ def test_what_a_sweep_leaves_beside_its_runs_is_no_run(runs, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         main()
     assert "no run directory among" in capsys.readouterr().err
-
-
-def test_a_damaged_file_is_named(runs):
-    for name, content in (("results.json", "{"), ("metrics.jsonl", "{\n"), ("config.yaml", "a: [")):
-        (runs[2] / name).write_text(content)
-        with pytest.raises(UserError, match=r"run0\.5 has a damaged file"):
-            read_run(runs[2])
-
-
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
-        read_run(tmp_path)

@@ -6,16 +6,19 @@ import sys
 
 import pytest
 import torch
+from conftest import make_images, thin_resnet, toy_config
 from matplotlib import colors, pyplot
 from omegaconf import OmegaConf
 from PIL import Image
 
 import plot
 import simclr_lin
+from evaluation import figures
 from evaluation.features import clean_features
 from images.datasets import Split, draw_stratified, load_split
+from models import BACKBONES
 from simclr import start_training
-from system.checkpoint import load_encoder
+from system.checkpoint import load_checkpoint, load_encoder
 from system.device import select_precision
 
 
@@ -40,7 +43,9 @@ def run(thin, trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-NAMES = {"views", "curves", "embedding", "neighbours", "confusion"}
+WEIGHTS = "simclr_resnet18_epoch2.pt"
+REPRESENTED = ["embedding", "neighbours"]
+NAMES = {"views", "curves", "confusion", *REPRESENTED}
 
 
 def test_one_run_gives_every_picture_as_png_and_svg(draw, run, toy):
@@ -55,16 +60,14 @@ def test_one_run_gives_every_picture_as_png_and_svg(draw, run, toy):
     assert not list(run.glob("*.tmp"))
 
 
-def test_what_is_missing_for_a_picture_is_said_and_the_others_are_drawn(run, capsys):
-    assert [name for name, _ in plot.pictures([run], [])] == [
-        "curves", "views", "embedding", "neighbours",
-    ]  # fmt: skip
-    said = capsys.readouterr().out
-    assert "no linear evaluation" in said and "no checkpoint" not in said
+def test_what_is_missing_for_a_picture_is_said_and_the_others_are_drawn(run, draw):
+    said = draw(run).splitlines()
+    assert said[:-1] == [f"{run}/{name}.png" for name in ("curves", "views", *REPRESENTED)]
+    assert said[-1].startswith(f"not drawn: confusion: no linear evaluation in {run} yet")
     (run / "simclr_resnet18_epoch2.pt").unlink()
-    assert [name for name, _ in plot.pictures([run], [])] == ["curves", "views"]
-    assert f"no checkpoint in {run} yet" in capsys.readouterr().out
-    pyplot.close("all")
+    said = draw(run).splitlines()
+    assert said[:2] == [f"{run}/{name}.png" for name in ("curves", "views")]
+    assert f"not drawn: embedding, neighbours: no checkpoint of resnet18 in {run}" in said[-1]
 
 
 def test_views_need_no_run(draw, toy, tmp_path):
@@ -87,8 +90,95 @@ def test_mistakes_are_one_line(draw, tmp_path, run):
         found, line = draw(*arguments, "--out", tmp_path)
         assert (found, line.count("\n")) == (code, 1) and message in line, line
     assert "is not a run directory" in draw(run / "simclr_resnet18_epoch2.pt")[1]
-    (run / "metrics.jsonl").unlink()
-    assert "has no epoch to show: metrics.jsonl" in draw(run)[1]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """A copy of the toy run with results.json. Only to be read."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run")
+    data = make_images(tmp_path_factory.mktemp("data"), train=8, test=3)
+    cfg = toy_config(data, peak="finetune_learning_rate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "resnet18", thin_resnet)
+        simclr_lin.evaluate(cfg, run / WEIGHTS, run)
+    return run
+
+
+def write(name, content):
+    """What writes `content` to a file of the run."""
+    return lambda run: (run / name).write_bytes(content)
+
+
+def scaled(weight, bias):
+    """What makes the last batch norm of the checkpoint multiply by `weight` and add `bias`."""
+
+    def change(run):
+        saved = load_checkpoint(run / WEIGHTS)
+        last = "enc.layer2.0.bn2."
+        saved["model"][last + "weight"].fill_(weight)
+        saved["model"][last + "bias"].fill_(bias)
+        saved["model"]["enc.layer2.0.downsample.1.weight"].fill_(0)
+        saved["model"]["enc.layer2.0.downsample.1.bias"].fill_(0)
+        torch.save(saved, run / WEIGHTS)
+
+    return change
+
+
+def of_another_run(run):
+    results = json.loads((run / "results.json").read_text())
+    results["config"]["temperature"] = 0.9
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def with_results(**values):
+    def change(run):
+        results = {**json.loads((run / "results.json").read_text()), **values}
+        (run / "results.json").write_text(json.dumps(results))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost", "reason"),
+    [
+        (scaled(0, 1), REPRESENTED, "27 of 27 representations are the same: the encoder has coll"),
+        (scaled(0, 0), REPRESENTED, "representations are zero: the encoder has collapsed"),
+        (scaled(torch.nan, 0), REPRESENTED, "representations are not finite"),
+        (scaled(torch.inf, 0), REPRESENTED, "representations are not finite"),
+        (write(WEIGHTS, b"PK"), REPRESENTED, "is damaged or no checkpoint"),
+        (lambda run: (run / WEIGHTS).unlink(), REPRESENTED, "no checkpoint of resnet18"),
+        (lambda run: (run / "metrics.jsonl").unlink(), ["curves"], "No such file"),
+        (write("metrics.jsonl", b""), ["curves"], "has no epoch to show"),
+        (write("metrics.jsonl", b'{"epoch": 1\n{}\n'), ["curves"], "metrics.jsonl, line 1 is dam"),
+        (write("metrics.jsonl", b"[1]\n"), ["curves"], "line 1 is damaged or of another program"),
+        (write("metrics.jsonl", b'{"loss": 1}\n'), ["curves"], "line 1: must hold an epoch"),
+        (write("metrics.jsonl", b'{"epoch": 1, "loss": "a"}\n'), ["curves"], "must hold an epoch"),
+        (write("metrics.jsonl", '{"epoch": 1}\n'.encode("utf-16")), ["curves"], "can't decode"),
+        (write("results.json", b'{"linear_acc": 0.1, '), ["confusion"], "results.json is damaged"),
+        (write("results.json", b'{"knn_acc": 1}'), ["confusion"], "is not of simclr_lin.py"),
+        (write("results.json", b'{"a": 1, "a": 2}'), ["confusion"], "a key twice"),
+        (write("results.json", b"[" * 99999), ["confusion"], "recursion"),
+        (of_another_run, ["confusion"], "is of another run (temperature 0.9, not 0.5)"),
+        (with_results(config=3), ["confusion"], "config is not what simclr_lin.py writes"),
+        (with_results(confusion=[[1]]), ["confusion"], "must be 3 rows of 3 counts"),
+        (with_results(confusion=[[1], 2]), ["confusion"], "results.json is not of simclr_lin.py"),
+        (with_results(linear_acc=None), ["confusion"], "results.json is not of simclr_lin.py"),
+    ],
+)
+def test_a_picture_that_fails_takes_no_other_down(
+    draw, thin, evaluated, tmp_path, damage, lost, reason
+):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    damage(run)
+    said = draw(run)
+    assert isinstance(said, str), said
+    assert (
+        {path.stem for path in run.glob("*.png")}
+        == NAMES - {*lost}
+        == {path.stem for path in run.glob("*.svg")}
+    )
+    [line] = [line for line in said.splitlines() if not line.endswith(".png")]
+    assert line.startswith(f"not drawn: {', '.join(lost)}: ") and reason in line
 
 
 def test_a_key_may_be_given_for_a_run_and_an_older_config_be_shorter(toy, tmp_path):
@@ -112,7 +202,7 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
           "knn_acc": e / 20 if e == 2 else None} for e in (1, 2)]  # fmt: skip
     b = [{**line, "loss": 6, "knn_acc": None} for line in a]
     one, other = toy("temperature=0.1", "workers=3", "finetune_epochs=7"), toy("seed=7")
-    figure = plot.plot_curves({"one": (one, a), "other": (other, b)})
+    figure = plot.curves({"one": one, "other": other}, {"one": a, "other": b})
     loss, contrastive, rate, knn = figure.axes
     assert lines_of(loss) == [([1, 2], [4, 3]), ([1, 2], [6, 6])]
     assert lines_of(contrastive)[0] == ([1, 2], [10, 20])
@@ -124,9 +214,10 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
     }  # fmt: skip
     assert all(axis.get_title() and axis.get_ylabel() for axis in figure.axes)
     old = [{"epoch": 1, "loss": 3.0, "contrastive_accuracy": 0.1, "learning_rate": 0.1}]
-    figure = plot.plot_curves({"logs/a": (toy(), a), "logs/b": (toy(), old)})  # before kNN
+    same = {"logs/a": toy(), "logs/b": toy()}
+    figure = plot.curves(same, {"logs/a": a, "logs/b": old})  # before kNN
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["logs/a", "logs/b"]
-    assert not plot.plot_curves({"one": (toy(), a)}).legends
+    assert not plot.curves(same, {"logs/a": a}).legends
     pyplot.close("all")
 
 
@@ -176,7 +267,7 @@ def test_neighbours_are_the_nearest_by_cosine_with_frames_of_their_class():
         colors.to_hex(axis.spines["top"].get_edgecolor()) if axis.spines["top"].get_visible() else 0
         for axis in figure.axes
     ]
-    right, wrong = plot.RIGHT, plot.WRONG
+    right, wrong = figures.RIGHT, figures.WRONG
     assert frames == [0, right, right, wrong, 0, right, right, wrong]
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "", "dog", "", "", "", "cat"]
     assert [figure.axes[i].get_ylabel() for i in (0, 4)] == ["cat", "dog"]
@@ -212,7 +303,7 @@ def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monk
         plot, "plot_embedding", lambda *args: drawn.append(args) or embedding(*args)
     )
     cfg = plot.read_config(run, [])
-    dict(plot.pictures_of_checkpoint(run, cfg))
+    plot.embedding(plot.represent(run, cfg))
     [(panels, labels, _)] = drawn
     assert list(panels) == ["untrained network", "after 2 epochs"]
     before = start_training(cfg, torch.device("cpu"), 2).model.enc.eval()
