@@ -170,7 +170,7 @@ def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
     saved = run_config(run)
     try:
         known = {key: saved[key] for key in saved if key in RULES and key not in given}
-        return check_values(OmegaConf.merge(cfg, known))
+        return check_values(OmegaConf.create({**OmegaConf.to_container(cfg), **known}))
     except ConfigError as error:
         raise ConfigError(f"the config of {run}: {error}") from None
 
@@ -181,16 +181,15 @@ def draw(runs: list[Path], overrides: list[str], out: Path) -> None:
     Raises UserError if there is no picture.
     """
     failed: Failed = []
-    drawn = {}
+    drawn, boxes = set(), set()
     for name, picture in pictures(runs, overrides, failed):
         with noted(failed, name):
             figure = picture()
             out.mkdir(parents=True, exist_ok=True)
-            drawn[name] = save(figure, out / name)
+            boxes |= save(figure, out / name)
+            drawn.add(name)
         if name in drawn:
             print(out / f"{name}.png")
-            if letters := drawn[name][:20]:
-                print(f"{name}: drawn as boxes, for no installed font has them: {letters}")
     reasons: dict[str, list[str]] = {}
     for name, error in failed:
         reasons.setdefault(" ".join(str(error).split()), []).append(name)
@@ -200,6 +199,8 @@ def draw(runs: list[Path], overrides: list[str], out: Path) -> None:
         raise type(worst)("; ".join(said))
     for line in said:
         print(f"not drawn: {line}")
+    if boxes:
+        print(f"drawn as boxes, for no installed font has them: {''.join(sorted(boxes))}")
 
 
 def main() -> None:

@@ -5,12 +5,14 @@ variable MPLBACKEND, a matplotlibrc or a notebook says: pictures do not depend o
 """
 
 import io
+import logging
 import os
 import sys
 import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from system.errors import UserError
 from system.files import write_file
 
 os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)  # read while matplotlib is imported
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a cache directory that it had to replace
 try:
     import matplotlib
     from matplotlib import font_manager, pyplot
@@ -131,7 +134,7 @@ def plot_neighbours(
             right = bool(label == test.labels[q])
             axis.spines[:].set(visible=True, color=RIGHT if right else WRONG, linewidth=2.5)
             if not right:
-                name = shorten(train.classes[label], 14)
+                name = shorten(train.classes[label], 10)
                 axis.set_xlabel(name, color=WRONG, fontsize=7, labelpad=2)
     return figure
 
@@ -151,6 +154,7 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
     few = len(matrix) <= 20  # more numbers and names than that can't be read
     shown = ConfusionMatrixDisplay(matrix, display_labels=names if few else None)
     shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
+    pyplot.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
     axis.images[0].colorbar.set_label("% of the true class")
     axis.set(title=title, xlabel="predicted class", ylabel="true class")
     return figure
@@ -165,16 +169,12 @@ def directions(h: Tensor) -> Tensor:
     h = h.float()
     unit = F.normalize(h / h.abs().amax(dim=1, keepdim=True), dim=1)  # large squares overflow
     found = {
-        "not finite": (~h.isfinite()).any(dim=1).sum().item(),
-        "zero": (h == 0).all(dim=1).sum().item(),
-        "the same": len(h) if ((unit - unit[0]).abs() < 1e-6).all() else 0,
+        "not finite": not h.isfinite().all(),
+        "zero": (h == 0).all(dim=1).any(),
+        "all the same": ((unit - unit[0]).abs() < 1e-6).all(),
     }
-    for reason, count in found.items():
-        if count:
-            raise UserError(
-                f"{count:,} of {len(h):,} representations are {reason}: the encoder has collapsed, "
-                "or its checkpoint is damaged"
-            )
+    if reasons := [reason for reason, true in found.items() if true]:
+        raise UserError(f"representations are {reasons[0]}: a collapsed or damaged checkpoint")
     return unit
 
 
@@ -192,10 +192,14 @@ def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def shorten(text: str, most: int = 24) -> str:
-    """Text of the user on one line of at most `most` letters, without its middle if longer."""
-    text = printable(text)
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most + most // 2 :]}"
+def shorten(text: str, most: int = 20) -> str:
+    """Text of the user on one line, as wide as `most` letters, without its middle if longer."""
+    text = short = printable(text)
+    kept = len(text)
+    while sum(1 + (east_asian_width(letter) in "WF") for letter in short) > most:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return short
 
 
 def add_legend(figure: Figure, handles: Any, names: Any, **style: Any) -> None:
@@ -206,25 +210,25 @@ def add_legend(figure: Figure, handles: Any, names: Any, **style: Any) -> None:
         text.set_text(name)
 
 
-def set_fonts(figure: Figure) -> str:
+def set_fonts(figure: Figure) -> set[str]:
     """Draw letters that matplotlib's font lacks in an installed one; returns what none has."""
     texts = figure.findobj(Text)
-    letters = {ord(letter) for text in texts for letter in text.get_text()}
+    letters = {letter for text in texts for letter in text.get_text()}
     installed = sorted({font.name for font in font_manager.fontManager.ttflist})
     families = []
     for name in ("DejaVu Sans", *(name for name in installed if "Last" not in name)):
         if not letters:
             break
         font = font_manager.get_font(font_manager.findfont(name))
-        if found := letters & font.get_charmap().keys():
+        if found := letters & {*map(chr, font.get_charmap())}:
             families.append(name)
             letters -= found
     for text in texts:
         text.set_fontfamily(families)
-    return "".join(map(chr, sorted(letters)))
+    return letters
 
 
-def save(figure: Figure, path: Path) -> str:
+def save(figure: Figure, path: Path) -> set[str]:
     """Write path.png and path.svg, and close the figure; returns letters drawn as boxes.
 
     Raises UserError if a file cannot be written.

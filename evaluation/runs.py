@@ -70,8 +70,10 @@ def run_results(run: Path, may_change: Collection[str] = ()) -> dict[str, Any]:
     theirs = results.get("config", {})
     ours = run_config(run) if (run / "config.yaml").exists() else theirs
     keys = [key for key in ours if key in theirs and key not in may_change]
-    if other := [
-        f"{key} {theirs[key]}, not {ours[key]}" for key in keys if theirs[key] != ours[key]
-    ]:
-        raise UserError(f"{path} is of another training ({'; '.join(other)}): evaluate this one")
+    differing = [key for key in keys if theirs[key] != ours[key]]
+    if differing:
+        there, here = ([f"{key} {c[key]}" for key in differing[:3]] for c in (theirs, ours))
+        raise UserError(
+            f"{path} is of a run with {', '.join(there)}, not {', '.join(here)}: evaluate this one"
+        )
     return results

@@ -1,20 +1,26 @@
 """The pictures: that they show what they say, of a toy run and of made-up values."""
 
 import json
+import os
 import shutil
 import sys
+import xml.etree.ElementTree
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_images, thin_resnet, toy_config
 from matplotlib import colors, pyplot
+from matplotlib.text import Text
 from omegaconf import OmegaConf
 from PIL import Image
 
 import plot
+import simclr
 import simclr_lin
 from evaluation import figures
 from evaluation.features import clean_features
+from evaluation.runs import noted
 from images.datasets import Split, draw_stratified, load_split
 from models import BACKBONES
 from simclr import start_training
@@ -138,47 +144,210 @@ def with_results(**values):
     return change
 
 
+NO_CURVES = [
+    (lambda run: (run / "metrics.jsonl").unlink(), "No such file"),
+    (write("metrics.jsonl", b""), "has no epoch to show"),
+    (
+        write("metrics.jsonl", b'{"epoch": 1\n{}\n'),
+        "metrics.jsonl, line 1 is damaged or of another",
+    ),
+    (write("metrics.jsonl", b"[1]\n"), "line 1 is damaged or of another program (no keys"),
+    (write("metrics.jsonl", b'{"epoch": 1}\n{"loss": 1}\n'), "line 2: must hold an epoch and numb"),
+    (write("metrics.jsonl", b'{"epoch": 1, "loss": "a"}\n'), "line 1: must hold an epoch"),
+    (write("metrics.jsonl", b'{"epoch": 1, "loss": 1%s}\n' % (b"0" * 400)), "must hold an epoch"),
+    (write("metrics.jsonl", '{"epoch": 1}\n'.encode("utf-16")), "can't decode"),
+]
+NO_CONFUSION = [
+    (lambda run: (run / "results.json").unlink(), "no linear evaluation in"),
+    (write("results.json", b'{"linear_acc": 0.1, '), "results.json is damaged or of another progr"),
+    (write("results.json", b'{"knn_acc": 1}'), "results.json is not of simclr_lin.py"),
+    (write("results.json", b'{"a": 1, "a": 2}'), "a key twice"),
+    (write("results.json", b"[" * 99999), "recursion"),
+    (of_another_run, "is of a run with temperature 0.9, not temperature 0.5: evaluate this one"),
+    (with_results(config=3), "config is not what simclr_lin.py writes"),
+    (with_results(confusion=[[1]]), "must be 3 rows of 3 counts"),
+    (with_results(confusion=[[1], 2]), "results.json is not of simclr_lin.py"),
+    (with_results(linear_acc=None), "results.json is not of simclr_lin.py"),
+]
+NO_FEATURES = [
+    (scaled(0, 1), "representations are all the same: a collapsed or damaged checkpoint"),
+    (scaled(0, 0), "representations are zero"),
+    (scaled(torch.nan, 0), "representations are not finite"),
+    (scaled(torch.inf, 0), "representations are not finite"),
+    (write(WEIGHTS, b"PK"), "is damaged or no checkpoint"),
+    (lambda run: (run / WEIGHTS).unlink(), "no checkpoint of resnet18"),
+]
+
+
 @pytest.mark.parametrize(
-    ("damage", "lost", "reason"),
+    "damages",
     [
-        (scaled(0, 1), REPRESENTED, "27 of 27 representations are the same: the encoder has coll"),
-        (scaled(0, 0), REPRESENTED, "representations are zero: the encoder has collapsed"),
-        (scaled(torch.nan, 0), REPRESENTED, "representations are not finite"),
-        (scaled(torch.inf, 0), REPRESENTED, "representations are not finite"),
-        (write(WEIGHTS, b"PK"), REPRESENTED, "is damaged or no checkpoint"),
-        (lambda run: (run / WEIGHTS).unlink(), REPRESENTED, "no checkpoint of resnet18"),
-        (lambda run: (run / "metrics.jsonl").unlink(), ["curves"], "No such file"),
-        (write("metrics.jsonl", b""), ["curves"], "has no epoch to show"),
-        (write("metrics.jsonl", b'{"epoch": 1\n{}\n'), ["curves"], "metrics.jsonl, line 1 is dam"),
-        (write("metrics.jsonl", b"[1]\n"), ["curves"], "line 1 is damaged or of another program"),
-        (write("metrics.jsonl", b'{"loss": 1}\n'), ["curves"], "line 1: must hold an epoch"),
-        (write("metrics.jsonl", b'{"epoch": 1, "loss": "a"}\n'), ["curves"], "must hold an epoch"),
-        (write("metrics.jsonl", '{"epoch": 1}\n'.encode("utf-16")), ["curves"], "can't decode"),
-        (write("results.json", b'{"linear_acc": 0.1, '), ["confusion"], "results.json is damaged"),
-        (write("results.json", b'{"knn_acc": 1}'), ["confusion"], "is not of simclr_lin.py"),
-        (write("results.json", b'{"a": 1, "a": 2}'), ["confusion"], "a key twice"),
-        (write("results.json", b"[" * 99999), ["confusion"], "recursion"),
-        (of_another_run, ["confusion"], "is of another run (temperature 0.9, not 0.5)"),
-        (with_results(config=3), ["confusion"], "config is not what simclr_lin.py writes"),
-        (with_results(confusion=[[1]]), ["confusion"], "must be 3 rows of 3 counts"),
-        (with_results(confusion=[[1], 2]), ["confusion"], "results.json is not of simclr_lin.py"),
-        (with_results(linear_acc=None), ["confusion"], "results.json is not of simclr_lin.py"),
+        {("curves",): NO_CURVES[2], tuple(REPRESENTED): NO_FEATURES[0]},
+        {("curves",): NO_CURVES[0], ("confusion",): NO_CONFUSION[1]},
+        {("confusion",): NO_CONFUSION[5], tuple(REPRESENTED): NO_FEATURES[4]},
     ],
 )
-def test_a_picture_that_fails_takes_no_other_down(
-    draw, thin, evaluated, tmp_path, damage, lost, reason
-):
+def test_a_picture_that_fails_takes_no_other_down(draw, thin, evaluated, tmp_path, damages):
     run = shutil.copytree(evaluated, tmp_path / "run")
-    damage(run)
+    for damage, _ in damages.values():
+        damage(run)
     said = draw(run)
     assert isinstance(said, str), said
-    assert (
-        {path.stem for path in run.glob("*.png")}
-        == NAMES - {*lost}
-        == {path.stem for path in run.glob("*.svg")}
+    drawn = NAMES - {name for names in damages for name in names}
+    for suffix in ("png", "svg"):
+        assert {path.stem for path in run.glob(f"*.{suffix}")} == drawn
+    lines = [line for line in said.splitlines() if not line.endswith(".png")]
+    for line, (names, (_, reason)) in zip(lines, damages.items(), strict=True):
+        assert line.startswith(f"not drawn: {', '.join(names)}: ") and reason in line
+
+
+@pytest.mark.parametrize(
+    ("picture", "damage", "reason"),
+    [
+        *(("curves", *case) for case in NO_CURVES),
+        *(("confusion", *case) for case in NO_CONFUSION),
+        *((name, *case) for name in REPRESENTED for case in NO_FEATURES),
+    ],
+)
+def test_each_reason_is_one_sentence(thin, evaluated, tmp_path, picture, damage, reason):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    damage(run)
+    failed = []
+    for name, function in plot.pictures([run], [], failed):
+        if name == picture:
+            with noted(failed, name):
+                function()
+    [(name, error)] = failed
+    assert name == picture and reason in str(error)
+
+
+def test_without_its_data_a_run_has_curves_and_confusion(draw, thin, evaluated, tmp_path):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    *paths, line = draw(run, "data_dir=nowhere").splitlines()
+    assert paths == [f"{run}/curves.png", f"{run}/confusion.png"]
+    assert line.startswith("not drawn: views, embedding, neighbours: nowhere/train cannot be read")
+
+
+def test_where_a_checkpoint_from_elsewhere_was_evaluated_is_drawn_from_it(
+    draw, thin, evaluated, tmp_path
+):
+    """hydra.run.dir of an evaluation: it has results.json and no config.yaml."""
+    run = tmp_path / "only"
+    run.mkdir()
+    shutil.copy(evaluated / "results.json", run)
+    *paths, line = draw(run).splitlines()
+    assert {Path(path).stem for path in paths} == NAMES - {"curves"}
+    assert line.startswith(f"not drawn: curves: {run} has no epoch to show: metrics.jsonl")
+    with_results(checkpoint="gone.pt")(run)
+    line = draw(run, "data_dir=nowhere").splitlines()[-1]
+    assert line.startswith("not drawn: embedding, neighbours: no checkpoint gone.pt")
+    with_results(config={"a": 1})(run)
+    code, line = draw(run)
+    assert code == 2 and line.startswith(f"error: {run}/results.json is not of simclr.py: it has n")
+
+
+BROKEN = [
+    ("seed: 1\n\tepochs: 2\n", "line 2: "),
+    ("epochs: 2\nepochs: 3\n", "epochs"),
+    ("epochs: é\n".encode("latin-1"), "line 1: byte 0xe9 is not UTF-8"),
+    ("epochs: 2\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+    ("- 1\n", "must hold lines of the form key: value"),
+    ("", "is not of simclr.py: it has no epochs, backbone"),
+    ("model: vit\nlr: 0.1\n", "is not of simclr.py: it has no epochs, backbone"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BROKEN)
+def test_a_broken_config_is_one_line_and_takes_no_other_run_down(
+    draw, run, tmp_path, content, reason
+):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(run / "metrics.jsonl", broken)
+    content = content if isinstance(content, bytes) else content.encode()
+    (broken / "config.yaml").write_bytes(content)
+    code, error = draw(broken)
+    assert code == 2 and error.startswith(f"error: {broken}/config.yaml") and reason in error
+    assert error.count("\n") == 1
+    path, line = draw(run, broken, "--out", tmp_path).splitlines()
+    assert path == f"{tmp_path}/curves.png"
+    assert line.startswith(f"not drawn: {broken}/config.yaml") and reason in line
+
+
+def test_a_value_in_a_config_that_is_not_allowed_names_the_run(draw, run):
+    text = (run / "config.yaml").read_text()
+    for new in ("many", "???", "${nosuch}", "[1]"):
+        (run / "config.yaml").write_text(text.replace("\nepochs: 2", f"\nepochs: {new}"))
+        code, error = draw(run)
+        assert code == 2 and f"error: the config of {run}: epochs" in error, error
+
+
+NASTY = [
+    "$x$", r"$\frac{$", "_leading", "back\\slash", "%s {0} {}", "two\nlines", "n" * 200,
+    os.fsdecode(b"caf\xe9"), "猫が好き", "tab\tand\x1bescape", "a|b", "x_{1}^2 & #",
+]  # fmt: skip
+
+
+def texts(figure):
+    """What a figure says, and that none of it would be read as markup."""
+    found = figure.findobj(Text)
+    assert not any(text.get_parse_math() or text.get_usetex() for text in found)
+    return [text.get_text() for text in found]
+
+
+@pytest.fixture
+def figure_of(monkeypatch):
+    """The figures that plot.py has saved, by name."""
+    saved, save = {}, plot.save
+    monkeypatch.setattr(
+        plot, "save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path)
     )
-    [line] = [line for line in said.splitlines() if not line.endswith(".png")]
-    assert line.startswith(f"not drawn: {', '.join(lost)}: ") and reason in line
+    return saved
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_classes_are_drawn_as_they_are(draw, thin, tmp_path, figure_of):
+    data = tmp_path / "images"
+    for split, n in (("train", 4), ("test", 2)):
+        make_images(data, classes=len(NASTY), **{split: n})
+        for label, name in enumerate(NASTY):
+            (data / split / f"class{label}").rename(data / split / name)
+    run = tmp_path / "run $a$ _b"
+    run.mkdir()
+    cfg = toy_config("nowhere", "epochs=1", peak="finetune_learning_rate")
+    cfg.data_dir = str(data)
+    simclr.pretrain(cfg, run)
+    simclr_lin.evaluate(cfg, run / WEIGHTS.replace("2", "1"), run)
+    said = draw(run)
+    assert said.endswith("drawn as boxes, for no installed font has them: がき好猫\n")
+    names = [name.translate(dict.fromkeys(map(ord, "\n\t\x1b\udce9"), "�")) for name in NASTY]
+    names[6] = "n" * 10 + "…" + "n" * 9
+    for picture in ("embedding", "confusion"):
+        assert set(names) <= {*texts(figure_of[picture])}
+    beside = {axis.get_ylabel() for axis in figure_of["neighbours"].axes} - {""}
+    assert len(beside) == 10 and beside <= {*names} and texts(figure_of["neighbours"])
+    for name in NAMES:
+        xml.etree.ElementTree.parse(run / f"{name}.svg")
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_and_settings_of_runs_are_drawn_as_they_are(
+    draw, run, tmp_path, monkeypatch, figure_of
+):
+    runs = []
+    monkeypatch.chdir(tmp_path)
+    for name in ("$x$", "_leading", "{a} %s", os.fsdecode(b"\xe9"), "n" * 200):
+        runs.append(Path(name))
+        shutil.copytree(run, name)
+    assert "curves.png" in draw(*runs, "--out", "curves")
+    expected = {"$x$", "_leading", "{a} %s", "�", "n" * 50 + "…" + "n" * 49}
+    assert {text.get_text() for text in figure_of["curves"].legends[0].get_texts()} == expected
+    for n, name in enumerate(runs):
+        config = OmegaConf.load(name / "config.yaml")
+        OmegaConf.save({**config, "init": f"$_{n}$"}, name / "config.yaml")
+    assert "curves.png" in draw(*runs, "--out", "curves")
+    assert {f"init $_{n}$" for n in range(5)} <= {*texts(figure_of["curves"])}
+    xml.etree.ElementTree.parse("curves/curves.svg")
 
 
 def test_a_key_may_be_given_for_a_run_and_an_older_config_be_shorter(toy, tmp_path):
