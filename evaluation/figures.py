@@ -6,6 +6,7 @@ variable MPLBACKEND, a matplotlibrc or a notebook says: pictures do not depend o
 
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -57,9 +58,9 @@ def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
         "learning_rate": ("Learning rate", "at the epoch's last step", 1),
         "knn_acc": ("kNN among training images", "accuracy in %", 100),
     }
-    names = [shorten(name, 100) for name, _ in runs]
-    columns = max(1, min(len(runs), 100 // max(map(len, names))))
-    height = 5.2 + 0.2 * (len(runs) // columns - 1)
+    names = [shorten(name, 64) for name, _ in runs]
+    columns = max(1, min(len(runs), 100 // (max(map(len, names)) + 8)))  # 8: line and gaps
+    height = 5 + 0.2 * math.ceil(len(runs) / columns)
     figure, axes = pyplot.subplots(2, 2, figsize=(8, height), layout="constrained", sharex=True)
     for axis, (name, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
         for _, metrics in runs:
@@ -68,7 +69,8 @@ def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
         axis.set(title=title, ylabel=unit)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("epoch", fontsize="medium")
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
     if len(runs) > 1:
         add_legend(figure, axes[0, 0].lines, names, loc="outside lower center", ncols=columns)
     return figure
@@ -95,7 +97,7 @@ def plot_embedding(panels: dict[str, Tensor], labels: Tensor, classes: list[str]
     if len(labels) < 4:
         raise UserError(f"t-SNE needs four test images or more, there are {len(labels)}")
     points = {title: directions(h).cpu().numpy() for title, h in panels.items()}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 3.9), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8, 4.3), layout="constrained")
     figure.suptitle(f"t-SNE of the representations h of {len(labels):,} test images", fontsize=10)
     perplexity = min(30.0, (len(labels) - 1) / 3)
     for axis, (title, h) in zip(axes, points.items(), strict=True):
@@ -108,7 +110,7 @@ def plot_embedding(panels: dict[str, Tensor], labels: Tensor, classes: list[str]
         axis.set(title=title, xticks=[], yticks=[])
     if len(classes) <= 20:  # more would fill the picture
         style = {"loc": "outside right center", "markerscale": 2}
-        add_legend(figure, axes[0].collections, map(shorten, classes), **style)
+        add_legend(figure, axes[0].collections, [shorten(c, 16) for c in classes], **style)
     return figure
 
 

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_images, thin_resnet, toy_config
+from conftest import REPOSITORY, make_images, thin_resnet, toy_config
 from matplotlib import colors, pyplot
 from matplotlib.text import Text
 from omegaconf import OmegaConf
@@ -26,6 +27,7 @@ from models import BACKBONES
 from simclr import start_training
 from system.checkpoint import load_checkpoint, load_encoder
 from system.device import select_precision
+from system.errors import UserError
 
 
 @pytest.fixture
@@ -295,6 +297,56 @@ def texts(figure):
     return [text.get_text() for text in found]
 
 
+ENVIRONMENTS = [
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MPLCONFIGDIR": "file"},
+    {"MPLBACKEND": "module://nosuch", "MATPLOTLIBRC": "rc/matplotlibrc"},
+    {"MPLBACKEND": "TkAgg", "MPLCONFIGDIR": "rc", "DISPLAY": ""},
+    {"MPLBACKEND": "", "MATPLOTLIBRC": "", "MPLCONFIGDIR": ""},
+    {"MPLBACKEND": "no such", "MATPLOTLIBRC": "markup"},
+]
+FORKS = """
+import os, runpy, sys
+import evaluation.features, hydra, sklearn.manifold
+assert "matplotlib" not in sys.modules
+sys.argv = ["plot.py", "run", "data_dir=nowhere", "--out", "out"]
+for place, environment in [(".", e) for e in {}] + [("rc", {{}})]:
+    if (child := os.fork()) == 0:
+        os.chdir(place)
+        os.environ.update(environment)
+        try:
+            runpy.run_path({!r}, run_name="__main__")
+        except SystemExit as end:
+            print(end)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, environment
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="one start for all environments")
+def test_what_the_environment_says_to_matplotlib_is_ignored(run, tmp_path):
+    """Each in a process of its own: matplotlib reads it while it is imported."""
+    (tmp_path / "file").touch()
+    (tmp_path / "rc").mkdir()
+    (tmp_path / "rc" / "matplotlibrc").write_bytes(b"\xff: 1\n")
+    (tmp_path / "markup").write_text(
+        "text.usetex: True\nfigure.figsize: 1, 1\nno key\nfont.size: a"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS.format(ENVIRONMENTS, str(REPOSITORY / "plot.py"))],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    *lines, refused = done.stdout.splitlines()
+    paths = [line for line in lines if not line.startswith("not drawn: ")]
+    assert paths == len(ENVIRONMENTS) * ["out/curves.png"]
+    assert refused.startswith("error: matplotlib cannot be imported ('utf-8' codec can't decode")
+    with Image.open(tmp_path / "out" / "curves.png") as image:
+        assert image.width > 900  # not one inch
+    assert "<dc:date>" not in (tmp_path / "out" / "curves.svg").read_text()  # SOURCE_DATE_EPOCH
+
+
 @pytest.fixture
 def figure_of(monkeypatch):
     """The figures that plot.py has saved, by name."""
@@ -321,8 +373,8 @@ def test_names_of_classes_are_drawn_as_they_are(draw, thin, tmp_path, figure_of)
     said = draw(run)
     assert said.endswith("drawn as boxes, for no installed font has them: がき好猫\n")
     names = [name.translate(dict.fromkeys(map(ord, "\n\t\x1b\udce9"), "�")) for name in NASTY]
-    names[6] = "n" * 10 + "…" + "n" * 9
-    for picture in ("embedding", "confusion"):
+    for picture, letters in (("embedding", 8), ("confusion", 10)):
+        names[6] = "n" * letters + "…" + "n" * (letters - 1)
         assert set(names) <= {*texts(figure_of[picture])}
     beside = {axis.get_ylabel() for axis in figure_of["neighbours"].axes} - {""}
     assert len(beside) == 10 and beside <= {*names} and texts(figure_of["neighbours"])
@@ -340,7 +392,7 @@ def test_names_and_settings_of_runs_are_drawn_as_they_are(
         runs.append(Path(name))
         shutil.copytree(run, name)
     assert "curves.png" in draw(*runs, "--out", "curves")
-    expected = {"$x$", "_leading", "{a} %s", "�", "n" * 50 + "…" + "n" * 49}
+    expected = {"$x$", "_leading", "{a} %s", "�", "n" * 32 + "…" + "n" * 31}
     assert {text.get_text() for text in figure_of["curves"].legends[0].get_texts()} == expected
     for n, name in enumerate(runs):
         config = OmegaConf.load(name / "config.yaml")
@@ -487,6 +539,55 @@ def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monk
     first, last = panels.values()
     assert (first - last).abs().max() > 0.05
     pyplot.close("all")
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_images_and_classes_are_drawn_or_the_reason_said(tmp_path):
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    h, classes = torch.randn(40, 8), [f"class {n}" for n in range(30)]
+    for label in (torch.arange(40) % 25, torch.arange(40) % 3 * 2, torch.zeros(40).long()):
+        split = Split(images, label, classes)
+        figure = plot.plot_neighbours(split, h, split, h + 1, 8)
+        assert len(figure.axes) == 9 * min(10, len(label.unique()))
+        figures.save(
+            plot.plot_embedding({"h": h, "g": h}, label, classes[:20]), tmp_path / "embedding"
+        )
+    one, two = (Split(images[:n], torch.arange(n), classes) for n in (1, 2))
+    assert len(plot.plot_neighbours(one, h[:1], two, h[1:3], 8).axes) == 2 * 2
+    with pytest.raises(UserError, match="needs four test images or more, there are 3"):
+        plot.plot_embedding({"h": h[:3]}, label[:3], classes)
+    results = {"training_images": 5, "linear_acc": 0.5, "classes": classes}
+    counts = torch.eye(30).long()
+    counts[3] = 0  # no test image
+    figure = plot.plot_confusion({**results, "confusion": counts.tolist()})
+    assert figure.axes[0].images[0].get_array().sum() == 29 * 100
+    results = {**results, "classes": ["a", "b"], "confusion": [[0, 0], [1, 1]]}
+    assert [text.get_text() for text in plot.plot_confusion(results).axes[0].texts] == [
+        "0", "0", "50", "50",
+    ]  # fmt: skip
+    pyplot.close("all")
+
+
+def test_two_points_many_times_and_large_values_do_not_end_t_sne():
+    label, two = torch.arange(400) % 2, torch.eye(8)[torch.arange(400) % 2]
+    h = {"two": two, "large": 1e30 * torch.randn(400, 8), "nearly one": 1 + 1e-5 * two}
+    points = [axis.collections for axis in plot.plot_embedding(h, label, ["a", "b"]).axes]
+    assert all(torch.from_numpy(c.get_offsets().data).isfinite().all() for p in points for c in p)
+    for same in (torch.ones(9, 8), torch.arange(1, 10)[:, None] * torch.ones(8)):
+        with pytest.raises(UserError, match="all the same"):
+            plot.plot_embedding({"h": same}, label[:9], ["a", "b"])
+    pyplot.close("all")
+
+
+def test_letters_that_the_font_lacks_are_taken_from_another(tmp_path):
+    """Of the fonts that matplotlib brings, STIX has a letter that DejaVu Sans lacks."""
+    fonts = [figures.font_manager.get_font(figures.font_manager.findfont(name)).get_charmap()
+             for name in ("DejaVu Sans", "STIXGeneral")]  # fmt: skip
+    letter = chr(max(fonts[1].keys() - fonts[0].keys()))
+    figure = pyplot.figure()
+    text = figure.text(0, 0, f"a{letter}")
+    assert figures.save(figure, tmp_path / "a") == set()
+    assert text.get_fontfamily()[0] == "DejaVu Sans" and len(text.get_fontfamily()) == 2
 
 
 def test_confusion_is_in_shares_of_the_true_class(tmp_path):
