@@ -300,9 +300,8 @@ def texts(figure):
 ENVIRONMENTS = [
     {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MPLCONFIGDIR": "file"},
     {"MPLBACKEND": "module://nosuch", "MATPLOTLIBRC": "rc/matplotlibrc"},
-    {"MPLBACKEND": "TkAgg", "MPLCONFIGDIR": "rc", "DISPLAY": ""},
+    {"MPLBACKEND": "TkAgg", "MATPLOTLIBRC": "markup", "DISPLAY": ""},
     {"MPLBACKEND": "", "MATPLOTLIBRC": "", "MPLCONFIGDIR": ""},
-    {"MPLBACKEND": "no such", "MATPLOTLIBRC": "markup"},
 ]
 FORKS = """
 import os, runpy, sys
