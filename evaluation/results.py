@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,6 +17,8 @@ from evaluation.classifiers import EvaluationTask
 from evaluation.features import accuracy, top_k_accuracy
 from evaluation.protocols import ProtocolResult
 from system.files import write_file
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 
 
 def score(result: ProtocolResult, labels: Tensor, seconds: float) -> dict[str, Any]:
@@ -98,10 +101,16 @@ def table(rows: list[dict[str, Any]], settings: bool) -> str:
 
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table with its header first, padded so that it reads well on a terminal."""
+    lines = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def printable(text: str) -> str:
+    """Text of the user on one line, � for line breaks, control characters and undecodable bytes."""
+    return UNPRINTABLE.sub("�", text)
 
 
 def _settings(row: dict[str, Any]) -> str:
