@@ -95,7 +95,7 @@ def predict(
     directory = Path(os.path.expanduser(cfg.predict))
     if not directory.is_dir():
         raise UserError(f"predict={cfg.predict}: there is no directory {directory}")
-    files, images = load_images(directory, size, cfg.workers)
+    files, images, remarks = load_images(directory, size, cfg.workers)
     train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
     task = make_task(cfg, saved, checkpoint, "checkpoint", train, place(images, device), cfg.seed)
     check_memory(task, ["checkpoint"], ["linear"])
@@ -103,7 +103,7 @@ def predict(
     probability, label = result.scores.softmax(dim=1).max(dim=1)
     classes = [train.classes[best] for best in label.tolist()]
     path = report.write_predictions(out_dir, files, classes, probability.tolist())
-    for remark in train.remarks:
+    for remark in (*remarks, *train.remarks):
         log.info(remark)
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
     return path
