@@ -121,9 +121,10 @@ def out_of_memory(error: BaseException | None) -> str | None:
     Most of torch's errors have no class of their own, and one that comes of cleaning up hides it.
     """
     while error is not None:
-        sentences = [s for s in str(error).split(". ") if OUT_OF_MEMORY.search(s)]
+        text = " ".join(str(error).split())
+        sentences = [s for s in text.split(". ") if OUT_OF_MEMORY.search(s)]
         if sentences or isinstance(error, MemoryError):
-            return f"out of memory ({(sentences or [str(error) or 'of the host'])[0]})"
+            return f"out of memory ({(sentences or [text or "of the host"])[0]})"
         error = error.__context__
     return None
 
