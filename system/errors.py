@@ -124,7 +124,7 @@ def out_of_memory(error: BaseException | None) -> str | None:
         text = " ".join(str(error).split())
         sentences = [s for s in text.split(". ") if OUT_OF_MEMORY.search(s)]
         if sentences or isinstance(error, MemoryError):
-            return f"out of memory ({(sentences or [text or "of the host"])[0]})"
+            return f"out of memory ({(sentences or [text or 'of the host'])[0]})"
         error = error.__context__
     return None
 
