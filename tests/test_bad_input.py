@@ -427,7 +427,7 @@ BAD_CHECKPOINTS = {
         "no checkpoint nowhere.pt: . has no .pt file",
         ["checkpoint=nowhere.pt"],
     ),
-    "a directory": (lambda: None, 1, "no checkpoint images", ["checkpoint=images"]),
+    "a directory": (lambda: None, 1, "no checkpoint in images", ["checkpoint=images"]),
     "empty": (lambda: Path(WEIGHTS).write_bytes(b""), 1, "is damaged or no checkpoint", []),
     "truncated": (lambda: cut(Path(WEIGHTS)), 1, "is damaged or no checkpoint", []),
     "tampered": (lambda: tampered(WEIGHTS), 1, "is damaged or no checkpoint (wrong CRC of ", []),
