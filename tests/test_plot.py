@@ -271,9 +271,9 @@ def test_a_broken_config_is_one_line_and_takes_no_other_run_down(
     code, error = draw(broken)
     assert code == 2 and error.startswith(f"error: {broken}/config.yaml") and reason in error
     assert error.count("\n") == 1
-    path, line = draw(run, broken, "--out", tmp_path).splitlines()
-    assert path == f"{tmp_path}/curves.png"
-    assert line.startswith(f"not drawn: {broken}/config.yaml") and reason in line
+    failed = []
+    [(name, _)] = plot.pictures([run, broken], [], failed)
+    assert name == "curves" and reason in str(failed[0][1])
 
 
 def test_a_value_in_a_config_that_is_not_allowed_names_the_run(draw, run):
@@ -447,6 +447,10 @@ def test_several_runs_share_one_picture(draw, run, tmp_path):
     OmegaConf.save({**config, "temperature": 0.9}, other / "config.yaml")
     assert draw(run, other, "--out", tmp_path / "both").splitlines() == [
         str(tmp_path / "both" / "curves.png")
+    ]
+    (tmp_path / "none").mkdir()
+    assert draw(run, tmp_path / "none", other, "--out", tmp_path / "both").splitlines()[1:] == [
+        f"not drawn: {tmp_path}/none is not a run directory: it has no config.yaml, no results.json"
     ]
     svg = (tmp_path / "both" / "curves.svg").read_text()
     assert "temperature 0.5" in svg and "temperature 0.9" in svg
