@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -228,6 +229,17 @@ def test_without_its_data_a_run_has_curves_and_confusion(draw, thin, evaluated, 
     *paths, line = draw(run, "data_dir=nowhere").splitlines()
     assert paths == [f"{run}/curves.png", f"{run}/confusion.png"]
     assert line.startswith("not drawn: views, embedding, neighbours: nowhere/train cannot be read")
+
+
+def test_what_the_machine_cannot_do_for_one_picture_it_may_for_another(draw, run, monkeypatch):
+    for error in (MemoryError("a"), PermissionError(13, "a"), torch.OutOfMemoryError("CUDA: a")):
+        monkeypatch.setattr(plot, "represent", Mock(side_effect=error))
+        said = draw(run, "data_dir=nowhere").splitlines()
+        assert said[0] == f"{run}/curves.png"
+        assert said[-1] == f"not drawn: embedding, neighbours: {type(error).__name__}: {error}"
+    monkeypatch.setattr(plot, "represent", Mock(side_effect=ZeroDivisionError))  # a bug of ours
+    with pytest.raises(ZeroDivisionError):
+        draw(run, "data_dir=nowhere")
 
 
 def test_where_a_checkpoint_from_elsewhere_was_evaluated_is_drawn_from_it(
