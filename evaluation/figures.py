@@ -217,7 +217,7 @@ def set_fonts(figure: Figure) -> set[str]:
     texts = figure.findobj(Text)
     letters = {letter for text in texts for letter in text.get_text()}
     installed = sorted({font.name for font in font_manager.fontManager.ttflist})
-    families = []
+    families = []  # without Last Resort, a box for every letter
     for name in ("DejaVu Sans", *(name for name in installed if "Last" not in name)):
         if not letters:
             break

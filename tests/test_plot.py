@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -230,6 +231,17 @@ def test_without_its_data_a_run_has_curves_and_confusion(draw, thin, evaluated, 
     assert line.startswith("not drawn: views, embedding, neighbours: nowhere/train cannot be read")
 
 
+def test_what_the_machine_cannot_do_for_one_picture_it_may_for_another(draw, run, monkeypatch):
+    for error in (MemoryError("a"), PermissionError(13, "a"), torch.OutOfMemoryError("CUDA: a")):
+        monkeypatch.setattr(plot, "represent", Mock(side_effect=error))
+        said = draw(run, "data_dir=nowhere").splitlines()
+        assert said[0] == f"{run}/curves.png"
+        assert said[-1] == f"not drawn: embedding, neighbours: {type(error).__name__}: {error}"
+    monkeypatch.setattr(plot, "represent", Mock(side_effect=ZeroDivisionError))  # a bug of ours
+    with pytest.raises(ZeroDivisionError):
+        draw(run, "data_dir=nowhere")
+
+
 def test_where_a_checkpoint_from_elsewhere_was_evaluated_is_drawn_from_it(
     draw, thin, evaluated, tmp_path
 ):
@@ -271,9 +283,9 @@ def test_a_broken_config_is_one_line_and_takes_no_other_run_down(
     code, error = draw(broken)
     assert code == 2 and error.startswith(f"error: {broken}/config.yaml") and reason in error
     assert error.count("\n") == 1
-    path, line = draw(run, broken, "--out", tmp_path).splitlines()
-    assert path == f"{tmp_path}/curves.png"
-    assert line.startswith(f"not drawn: {broken}/config.yaml") and reason in line
+    failed = []
+    [(name, _)] = plot.pictures([run, broken], [], failed)
+    assert name == "curves" and reason in str(failed[0][1])
 
 
 def test_a_value_in_a_config_that_is_not_allowed_names_the_run(draw, run):
@@ -447,6 +459,10 @@ def test_several_runs_share_one_picture(draw, run, tmp_path):
     OmegaConf.save({**config, "temperature": 0.9}, other / "config.yaml")
     assert draw(run, other, "--out", tmp_path / "both").splitlines() == [
         str(tmp_path / "both" / "curves.png")
+    ]
+    (tmp_path / "none").mkdir()
+    assert draw(run, tmp_path / "none", other, "--out", tmp_path / "both").splitlines()[1:] == [
+        f"not drawn: {tmp_path}/none is not a run directory: it has no config.yaml, no results.json"
     ]
     svg = (tmp_path / "both" / "curves.svg").read_text()
     assert "temperature 0.5" in svg and "temperature 0.9" in svg
