@@ -172,7 +172,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
             images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
         steps = len(images) // cfg.batch_size
-        check_training(cfg, device, distributed.world_size())
+        check_training(cfg, device)
         training = start_training(cfg, device, cfg.epochs * steps, new=saved is None)
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):

@@ -5,22 +5,16 @@ from system.memory import check_fits
 
 
 def check_memory(task: EvaluationTask, encoders: list[str], protocols: list[str]) -> None:
-    """Raise ConfigError if a batch, the features or the cached crops surely do not fit.
+    """Raise ConfigError if the features, or those of the cached crops, surely do not fit.
 
     task: of the checkpoint; encoders: "checkpoint" and baselines; protocols: names of the config.
-    Counted is less than what is needed: a batch and two maps of the first layer, and the features
-    of all images, with a second copy (normalised, or of the first crops) where a protocol makes it.
+    Counted is less than what is needed: the features of all images, with a second copy (normalised,
+    or of the first crops) where a protocol makes it.
     """
-    device, m, n = task.train.labels.device, len(task.train.images), len(task.test_images)
-    width, pixels = task.dtype.itemsize, 3 * task.size**2
-    batch = min(task.batch_size, max(m, n))
-    image = 4 * pixels + 2 * 64 * width * (task.size // task.enc.conv1.stride[0]) ** 2
-    check_fits(
-        f"batch_size={task.batch_size}", f"{batch:,} images in the first layer of the network",
-        batch * image, device, lambda free: free / image,
-    )  # fmt: skip
     if not {*protocols} - {"finetune"}:
         return
+    device, m, n = task.train.labels.device, len(task.train.images), len(task.test_images)
+    width, pixels = task.dtype.itemsize, 3 * task.size**2
     rows = {e: 4 * pixels if e == "pixels" else width * task.feature_dim for e in encoders}
     encoder = max(rows, key=rows.get)  # the others fit where the features of this one do
     row, classes, count = rows[encoder], len(task.train.classes), f"{m:,} training and {n:,} test"

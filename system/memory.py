@@ -86,36 +86,16 @@ def check_fits(
     )
 
 
-def check_training(cfg: DictConfig, device: torch.device, ranks: int = 1) -> None:
-    """Raise ConfigError if pretraining surely does not fit: the head of the model, or the batch.
-
-    Counted is what every step holds: weights, gradients, momentum and, in host memory, the copy of
-    weights and momentum that is saved; the views of this rank and, of one micro-batch, the output
-    of the first convolution, which the backward pass needs.
-    """
+def check_training(cfg: DictConfig, device: torch.device) -> None:
+    """Raise ConfigError if weights, gradients and momentum of the model surely do not fit."""
     with torch.device("meta"):  # takes neither memory nor random numbers
         model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem)
     weights = sum(weight.nbytes for weight in model.parameters())
     unit = 4 * (model.feature_dim + 1 + cfg.projection_dim)  # of the hidden layer
-    trained, saved, host = "weights, gradients, momentum", "a saved copy", torch.device("cpu")
-    shared = [(f"{trained} and {saved}", 5, host)]
-    for what, copies, place in (
-        [(trained, 3, device), (saved, 2, host)] if device.type == "cuda" else shared
-    ):
-        check_fits(
-            f"hidden_dim={cfg.hidden_dim} beside projection_dim={cfg.projection_dim}",
-            what, copies * weights, place,
-            lambda free, copies=copies: cfg.hidden_dim + (free / copies - weights) / unit,
-        )  # fmt: skip
-    size, n = max([s for s, _ in cfg.view_sizes or [[cfg.image_size, 1]]]), cfg.batch_size // ranks
-    pixels, least = 2 * size**2, 2 if cfg.precision != "fp32" else 4  # of an image's two views
-    kept = 64 * least * pixels // model.enc.conv1.stride[0] ** 2
-    held = min(n, cfg.micro_batch_size or n)
+    setting = f"hidden_dim={cfg.hidden_dim} beside projection_dim={cfg.projection_dim}"
     check_fits(
-        f"batch_size={cfg.batch_size}", f"the views of {n:,} images and what is computed of them",
-        3 * weights + n * 12 * pixels + held * kept, device,
-        lambda free: ranks * (free - 3 * weights - (held < n) * held * kept)
-        / (12 * pixels + (held == n) * kept),
+        setting, "weights, gradients and momentum", 3 * weights, device,
+        lambda free: cfg.hidden_dim + (free / 3 - weights) / unit,
     )  # fmt: skip
 
 
