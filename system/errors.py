@@ -58,9 +58,9 @@ class Stopped(BaseException):
 class StopSignals:
     """Record the signals of STOP in the block; the same one a second later ends the process.
 
-    The last holds for AT_ONCE. A signal that is ignored, as SIGHUP under nohup, or has a handler
-    stays so, but for SIGTERM, SIGINT and the ranks of torchrun: its agent takes SIGHUP under nohup
-    too, and kills them 30 s later. To them the agent's own end, as by SIGUSR1, is a SIGTERM.
+    The last holds for AT_ONCE. Unless it is SIGTERM or SIGINT, a signal that is ignored, as SIGHUP
+    under nohup, or has a handler stays so. To a rank the end of its torchrun is a SIGTERM, as when
+    a SIGUSR1 has ended that, which it does not handle.
 
     A thread reads the signals: Python's own handlers wait for the main thread, which a backward
     pass keeps for a whole step. A launcher's signal reaches the ranks at different moments; `agree`
@@ -81,8 +81,7 @@ class StopSignals:
             self._fd = signal.set_wakeup_fd(self._writer.fileno())
             threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
             for number in STOP:
-                free = number in ALWAYS or signal.getsignal(number) is signal.SIG_DFL
-                if free or self._agent is not None:
+                if number in ALWAYS or signal.getsignal(number) is signal.SIG_DFL:
                     self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
