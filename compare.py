@@ -64,21 +64,20 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     args = parser.parse_args()
-    with one_line_errors():
-        directories = [run for run in args.runs if run.is_dir()]  # Hydra leaves a file beside them
-        runs = [run for run in directories if (run / "config.yaml").is_file()] or directories
-        for run in set(directories) - set(runs):
-            print(f"left out {run}, which has no config.yaml", file=sys.stderr)
-        if not runs:
-            raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")
-        failed: list[tuple[str, UserError]] = []
-        if found := read_runs(runs, failed):
-            print(compare(found))
-        errors = sorted((error for _, error in failed), key=lambda error: error.exit_code)
-        for error in errors[:-1]:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        if errors:
-            raise errors[-1]
+    directories = [run for run in args.runs if run.is_dir()]  # Hydra leaves a file beside them
+    runs = [run for run in directories if (run / "config.yaml").is_file()] or directories
+    for run in set(directories) - set(runs):
+        print(f"left out {run}, which has no config.yaml", file=sys.stderr)
+    if not runs:
+        raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")
+    failed: list[tuple[str, UserError]] = []
+    if found := read_runs(runs, failed):
+        print(compare(found))
+    errors = sorted((error for _, error in failed), key=lambda error: error.exit_code)
+    for error in errors[:-1]:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if errors:
+        raise errors[-1]
 
 
 if __name__ == "__main__":

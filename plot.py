@@ -215,8 +215,7 @@ def main() -> None:
     given = [a for a in args.arguments if not a.endswith(".yaml")]  # a sweep's, beside its runs
     runs = [Path(a) for a in given if "=" not in a or Path(a).is_dir()]
     overrides = [quote_path(a) for a in given if Path(a) not in runs]
-    with one_line_errors():
-        draw(runs, overrides, args.out or (runs[0] if runs else Path()))
+    draw(runs, overrides, args.out or (runs[0] if runs else Path()))
 
 
 if __name__ == "__main__":
