@@ -1,4 +1,4 @@
-"""Image files to uint8 RGB pixels of one size, or a word on what is wrong with them."""
+"""Image files to uint8 RGB pixels of one size; files without such pixels are refused."""
 
 import errno
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from images.metadata import without_metadata
@@ -83,7 +83,9 @@ def refuse(problems: list[tuple[str, str]]) -> None:
 
 
 def _fewer(workers: int) -> str:
-    return f"with {workers} files read at once: lower workers" if workers > 1 else "with workers=1"
+    if workers == 1:
+        return "with one file read at once: more must be free, or allowed to the process"
+    return f"with {workers} files read at once: lower workers"
 
 
 @contextmanager
@@ -96,6 +98,8 @@ def _pillow() -> Iterator[None]:
             raise  # EINVAL: a place that the file itself names and does not have
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise MemoryError from None
+        if isinstance(error, UnidentifiedImageError):
+            raise Unusable("no format that Pillow reads") from None
         raise Unusable(str(error) or type(error).__name__) from None
 
 
@@ -201,7 +205,7 @@ def _in_8_bits(values: np.ndarray, mode: str, transparent: object) -> Image.Imag
     colours = values[..., :-1] if mode in ("LA", "RGBA") else values
     parts = [_scaled(colours)]
     if mode in ("LA", "RGBA"):
-        parts.append(_scaled(values[..., -1:]))
+        parts.append(_scaled(values[..., -1:], contrast=0))
     elif transparent is not None:
         mode += "A"
         parts.append(255 * (values != transparent).any(-1, keepdims=True))
@@ -209,8 +213,11 @@ def _in_8_bits(values: np.ndarray, mode: str, transparent: object) -> Image.Imag
     return Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes())
 
 
-def _scaled(values: np.ndarray) -> np.ndarray:
-    """Floats in [0, 1], or integers by the fewest BITS that hold them all, to [0, 255]."""
+def _scaled(values: np.ndarray, contrast: int = CONTRAST) -> np.ndarray:
+    """Floats in [0, 1], or integers by the fewest BITS that hold them all, to [0, 255].
+
+    Raises Unusable for others, and if fewer than `contrast` levels remain of more.
+    """
     low, high = np.fmin.reduce(values, None), np.fmax.reduce(values, None)  # without nan
     whole = values.dtype.kind != "f"
     limit = next((2**bits - 1 for bits in BITS if high < 2**bits), 0) if whole else 1
@@ -220,7 +227,7 @@ def _scaled(values: np.ndarray) -> np.ndarray:
         raise Unusable(f"{found}: integers may be 0 to 65535, floats 0 to 1")
     scaled = np.rint(values * np.float32(255 / limit))
     levels = scaled.max() - scaled.min()
-    if levels < CONTRAST and levels < (high - low if whole else 255 * (high > low)):
+    if levels < contrast and levels < (high - low if whole else 255 * (high > low)):
         raise Unusable(f"{found}, which would be {levels + 1:g} of 256 levels")
     return scaled
 

@@ -63,10 +63,11 @@ def name_few(files: list[Path], root: Path | None = None) -> str:
 
 def name_others(root: Path, others: Iterable[Path]) -> Iterator[str]:
     """A remark for each kind of what was left out of `root`: the first names and the number."""
-    others = sorted(others)
-    litter = [path for path in others if path.name.casefold() in LITTER]
-    files = [path for path in others if path not in litter]
-    for kind, paths in (("no images by their extension", files), ("of other programs", litter)):
+    kinds = {"no images by their extension": [], "of other programs": []}
+    files, litter = kinds.values()
+    for path in sorted(others):
+        (litter if path.name.casefold() in LITTER else files).append(path)
+    for kind, paths in kinds.items():
         if paths:
             yield f"left out of {root}, {kind}: {name_few(paths, root)}"
 
@@ -84,8 +85,8 @@ def load_images(
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is not UTF-8 in a file's name, which no log takes."""
-    return text.encode(errors="backslashreplace").decode()
+    """The text in one line, with escapes for what is not UTF-8 in names and which no log takes."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 def find_images(

@@ -13,6 +13,7 @@ TIFF_PIXELS = {
     *(322, 323, 324, 325, 332, 338, 339, 347, *range(512, 522), 529, 530, 531, 532),
 }
 TIFF_ORIENTATION = 274
+AVIF_EXIF = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 
 
 def without_metadata(content: bytes) -> Iterator[bytes]:
@@ -72,5 +73,5 @@ def _tiff(content: bytes, keep_exif: bool) -> bytes:
 
 
 def _avif(content: bytes, keep_exif: bool) -> bytes:
-    """With items that are EXIF data named as free space."""
-    return content if keep_exif else content.replace(b"\0Exif\0", b"\0free\0", 1)
+    """With EXIF items under another name, which decoders skip."""
+    return content if keep_exif else AVIF_EXIF.sub(rb"\1skip", content)

@@ -42,7 +42,7 @@ def snapshot(root: Path) -> dict[Path, bytes]:
 
 @pytest.fixture
 def refuse(call, tmp_path):
-    """refuse(code, message, script, overrides): one line, and every file as it was before."""
+    """refuse(code, message, script, overrides): one line, returned; files stay."""
 
     def refuse(code, message, script, *overrides):
         before = snapshot(tmp_path)
@@ -52,6 +52,7 @@ def refuse(call, tmp_path):
         assert len(lines) == 1 and lines[0].startswith("error: "), error
         assert message in lines[0], lines[0]
         assert snapshot(tmp_path) == before
+        return lines[0]
 
     return refuse
 
@@ -219,12 +220,15 @@ BAD_DATA = {
         "class1/x.png cannot be",
     ),
     "no image": (
-        lambda: Path("images/train/class1/notes.txt").write_text("notes"),
-        "images/train/class1/notes.txt cannot be read as an image",
+        lambda: Path("images/train/class1/notes.png").write_text("notes"),
+        "images/train/class1/notes.png cannot be read as an image",
     ),
-    "a zip": (
-        lambda: zipfile.ZipFile("images/train/class1/x.zip", "w").close(),
-        "class1/x.zip cannot be read as an image",
+    "a zip alone": (
+        lambda: (
+            Path("images/train/class9").mkdir(),
+            zipfile.ZipFile("images/train/class9/x.zip", "w").close(),
+        ),
+        "train/class9 has no image but x.zip: add some",
     ),
     "truncated JPEG": (
         lambda: cut(picture("train/class1/x.jpg", (90, 90))),
