@@ -8,56 +8,55 @@ order does not choose on the test set. Test accuracies of simclr_lin.py stand be
 
 import system.environment  # noqa: F401, first
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from yaml import YAMLError
-
 from config import MAY_CHANGE
 from evaluation.results import markdown
+from evaluation.runs import noted, run_config, run_results
 from system.errors import UserError, one_line_errors
 from training.metrics import read_metrics
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """Config, last metrics and results of a run directory in one dict.
+def read_runs(runs: list[Path], failed: list[tuple[str, UserError]]) -> list[dict[str, Any]]:
+    """Config, last metrics and results of each run directory in one dict.
 
-    Raises UserError if it is not a run directory or has a damaged file.
+    A run with a damaged config or metrics is left out, results that are damaged or of another run
+    are: both are noted in `failed`.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not a run directory: it has no config.yaml")
-    try:
-        lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-        last = lines[-1] if lines else {"epoch": 0, "knn_acc": None}  # in its first epoch
-        file = run / "results.json"
-        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        config = OmegaConf.to_container(OmegaConf.load(path))
-        return {"run": str(run), "config": config, **last, "results": results}
-    except (ValueError, YAMLError) as error:
-        raise UserError(f"{run} has a damaged file ({error})") from None
+    found = []
+    for run in runs:
+        with noted(failed):
+            lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+            last = lines[-1] if lines else {"epoch": 0}  # in its first epoch
+            found.append({"run": run, "config": run_config(run), **last, "results": {}})
+            with noted(failed):
+                found[-1]["results"] = run_results(run, MAY_CHANGE)
+    return found
 
 
 def compare(runs: list[dict[str, Any]]) -> str:
     """A Markdown table, best run first; runs without a kNN accuracy last."""
     configs = [run["config"] for run in runs]
-    keys = [key for key in configs[0] if key not in MAY_CHANGE]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in MAY_CHANGE)
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     lines = [["run", *differing, "epochs", "kNN, training", "linear, test", "kNN, test"]]
-    short = {Path(run["run"]).name for run in runs}
-    for run in sorted(runs, key=lambda run: -(run["knn_acc"] or -1)):
-        values = run["knn_acc"], run["results"].get("linear_acc"), run["results"].get("knn_acc")
+    short = {run["run"].name for run in runs}
+    for run in sorted(runs, key=lambda run: -(run.get("knn_acc") or -1)):
+        results = run["results"]
+        values = run.get("knn_acc"), results.get("linear_acc"), results.get("knn_acc")
+        accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in values]
+        if (epoch := results.get("epoch", run["epoch"])) != run["epoch"]:  # of the checkpoint
+            accuracies[1:] = [text and f"{text} (epoch {epoch})" for text in accuracies[1:]]
         epochs = f"{run['epoch']} of {run['config']['epochs']}"
         settings = [str(run["config"].get(key)) for key in differing]
-        accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in values]
-        name = Path(run["run"]).name if len(short) == len(runs) else run["run"]
+        name = run["run"].name if len(short) == len(runs) else str(run["run"])
         lines.append([name, *settings, epochs, *accuracies])
     return markdown(lines)
 
 
+@one_line_errors()
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -72,7 +71,14 @@ def main() -> None:
             print(f"left out {run}, which has no config.yaml", file=sys.stderr)
         if not runs:
             raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")
-        print(compare([read_run(run) for run in runs]))
+        failed: list[tuple[str, UserError]] = []
+        if found := read_runs(runs, failed):
+            print(compare(found))
+        errors = sorted((error for _, error in failed), key=lambda error: error.exit_code)
+        for error in errors[:-1]:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if errors:
+            raise errors[-1]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The config: how simclr_config.yml reaches Hydra, and which values each key may have."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -233,8 +234,10 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     if scheduled and cfg.min_learning_rate > lowest:
         reason = f"at most {peak}, which is {lowest:g} (it follows batch_size unless set)"
         _refuse(cfg, "min_learning_rate", reason)
-    if cfg.checkpoint is not None and cfg.load_epoch is not None:
-        _refuse(cfg, "load_epoch", f"null beside checkpoint={cfg.checkpoint}, which names one file")
+    named = cfg.checkpoint is not None and not os.path.isdir(os.path.expanduser(cfg.checkpoint))
+    if named and cfg.load_epoch is not None:
+        allowed = f"null beside checkpoint={cfg.checkpoint}, which is no run directory"
+        _refuse(cfg, "load_epoch", allowed)
     if cfg.compile is True and (cfg.activation_checkpointing or cfg.micro_batch_size is not None):
         # whose batch-norm bookkeeping torch.compile does not trace
         _refuse(cfg, "compile", "false or auto with activation_checkpointing or micro_batch_size")

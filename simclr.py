@@ -30,6 +30,7 @@ from system.checkpoint import load_init
 from system.commandline import run_command, run_directory
 from system.device import autocast, compile_static, select_compile, select_device, select_precision
 from system.files import locked
+from system.memory import PRETRAINING, check_training, memory_advice
 from training import distributed
 from training.distributed import all_reduce_mean, local_shard
 from training.graph import GraphedStep
@@ -156,10 +157,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
     `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
     """
     device = select_device(cfg.device)
-    with (
-        distributed.process_group(device),
-        locked(run_dir, "simclr", needed=distributed.rank() == 0),
-    ):
+    with distributed.process_group(device), locked(run_dir, "simclr", distributed.rank() == 0):
         sharding = cfg.batch_size, cfg.micro_batch_size, cfg.sync_batchnorm, cfg.compile
         distributed.check_ranks(*sharding, device)
         resume = cfg.resume or distributed.is_elastic_restart()
@@ -174,6 +172,7 @@ def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
             images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)
         check_batch_size(cfg.batch_size, len(images))
         steps = len(images) // cfg.batch_size
+        check_training(cfg, device)
         training = start_training(cfg, device, cfg.epochs * steps, new=saved is None)
         record = RunRecord(run_dir, config, fingerprint, steps)
         with record.recording(training, saved, start_over=not resume):
@@ -192,7 +191,8 @@ register_config()
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> float | None:
     """Check the config and pretrain; returns what sweepers optimise, the held-out kNN accuracy."""
-    return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
+    with memory_advice(PRETRAINING):
+        return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
 
 
 if __name__ == "__main__":

@@ -12,27 +12,26 @@ the terminal, to simclr_lin.log, results.json and results.md.
 """
 
 import system.environment  # noqa: F401, first
-import hashlib
 import logging
 import os
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from config import RULES, check_config, register_config
 from evaluation import results as report
 from evaluation.classifiers import EvaluationTask
 from evaluation.features import build_encoder
+from evaluation.memory import check_memory
 from evaluation.protocols import protocols_for, run_protocols
 from images.datasets import Split, draw_stratified, load_split
 from images.folder import load_images
 from images.host import Images, describe, place, take
-from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint
+from system.checkpoint import ARCHITECTURE, find_checkpoint, load_checkpoint, named_checkpoint
 from system.commandline import run_command, run_directory
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError
@@ -48,8 +47,9 @@ def evaluate(
     """Evaluate a checkpoint, and cfg.baselines, with every protocol in the config.
 
     given: the keys on the command line; one that contradicts the checkpoint is refused. Returns
-    what it writes to `out_dir`/results.json, with accuracies in [0, 1]. Raises UserError for a
-    checkpoint or data that cannot be used, RuntimeError if a frozen encoder has changed.
+    what it writes to `out_dir`/results.json after each protocol, with accuracies in [0, 1]. Raises
+    UserError for a checkpoint or data that cannot be used, and as `check_memory` and
+    `run_protocols`; RuntimeError if a frozen encoder has changed.
     """
     device = select_device(cfg.device)
     saved, size = open_checkpoint(cfg, checkpoint, given)
@@ -57,40 +57,28 @@ def evaluate(
         load_split(cfg.dataset, cfg.data_dir, split, size, cfg.workers).to(device)
         for split in ("train", "test")
     )
-    name = f"{checkpoint}, epoch {saved['epoch']}, {saved['config']['backbone']} at {size} px"
-    scored: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    scored: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for encoder, seed in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
         task = make_task(cfg, saved, checkpoint, encoder, train, test.images, cfg.seed + seed)
-        if not scored:  # nothing can be refused any more
-            used = f"{name}, on {describe(train.images, cfg.dataset)}, {device}"
-            for line in (used, *train.remarks, *test.remarks):
+        if not scored:
+            check_memory(task, ["checkpoint", *cfg.baselines], cfg.protocols)
+            used = describe(train.images, cfg.dataset)  # nothing can be refused any more
+            name = f"{checkpoint}, epoch {saved['epoch']}, {saved['config']['backbone']}"
+            for line in (
+                f"{name} at {size} px, on {used}, {device}",
+                *train.remarks,
+                *test.remarks,
+            ):
                 log.info(line)
+            about = report.describe_source(cfg, saved, checkpoint, task)
         names = protocols_for(encoder, cfg.protocols, seed > 0, cfg.labels is not None)
         for protocol, result, seconds in run_protocols(names, task):
             outcome = report.score(result, test.labels.cpu(), seconds)
-            scored[encoder, protocol].append(outcome)
+            scored.setdefault((encoder, protocol), []).append(outcome)
             log.info(f"{encoder}, seed {task.seed}, {protocol}: {outcome['accuracy']:.2%}")
-    rows = [report.summarise(*key, runs) for key, runs in scored.items()]
-    results = {
-        **report.headline(rows),
-        "checkpoint": str(checkpoint),
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-        "epoch": saved["epoch"],
-        "backbone": saved["config"]["backbone"],
-        "dataset": cfg.dataset,
-        "labels": cfg.labels,
-        "training_images": len(task.train.images),
-        "test_images": len(test.images),
-        "precision": str(task.dtype).removeprefix("torch."),
-        "protocols": rows,
-        **report.per_class(scored["checkpoint", "linear"], test.classes),
-        "config": saved["config"],
-        "evaluation_config": OmegaConf.to_container(cfg),
-    }
-    report.write_results(out_dir, results)
-    log.info(
-        f"{len(test.images):,} test images, accuracy in %\n{report.table(rows, settings=False)}"
-    )
+            results = report.write_results(out_dir, about, scored, test.classes)
+    shown = report.table(results["protocols"], settings=False)
+    log.info(f"{len(test.images):,} test images, accuracy in %\n{shown}")
     return results
 
 
@@ -107,14 +95,15 @@ def predict(
     directory = Path(os.path.expanduser(cfg.predict))
     if not directory.is_dir():
         raise UserError(f"predict={cfg.predict}: there is no directory {directory}")
-    files, images = load_images(directory, size, cfg.workers)
+    files, images, remarks = load_images(directory, size, cfg.workers)
     train = load_split(cfg.dataset, cfg.data_dir, "train", size, cfg.workers).to(device)
     task = make_task(cfg, saved, checkpoint, "checkpoint", train, place(images, device), cfg.seed)
+    check_memory(task, ["checkpoint"], ["linear"])
     [(_, result, _)] = run_protocols(["linear"], task)
     probability, label = result.scores.softmax(dim=1).max(dim=1)
     classes = [train.classes[best] for best in label.tolist()]
     path = report.write_predictions(out_dir, files, classes, probability.tolist())
-    for remark in train.remarks:
+    for remark in (*remarks, *train.remarks):
         log.info(remark)
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
     return path
@@ -171,6 +160,7 @@ def make_task(
         (tuple(cfg.crop_scale), cfg.flip_probability),
         select_precision(cfg.precision, test_images.device),
         seed,
+        encoder=encoder,
     )
 
 
@@ -187,7 +177,8 @@ def main(cfg: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
     if cfg.checkpoint is not None:
-        checkpoint = Path(os.path.expanduser(cfg.checkpoint))
+        backbone = cfg.backbone if "backbone" in given else None
+        checkpoint = named_checkpoint(cfg.checkpoint, backbone, cfg.load_epoch)
     else:
         checkpoint = find_checkpoint(out_dir, cfg.backbone, cfg.load_epoch)
     with locked(out_dir, "simclr_lin"):

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluation.features import clean_features
+from evaluation.features import check_finite, clean_features
 from images.augment import draw, random_crop_flip
 from images.datasets import Split
 from images.host import Images
@@ -42,6 +42,7 @@ class EvaluationTask(NamedTuple):
     seed: int
     h: Tensor | None = None  # features of the unaugmented training images, (M, D)
     test_h: Tensor | None = None  # (N, D)
+    encoder: str = "checkpoint"  # or the name of a baseline
 
 
 def fit_linear(
@@ -82,7 +83,8 @@ def fit_network(task: EvaluationTask, index: Tensor, **candidate: float) -> Clas
 
     train_classifier(model, crops, task, index, task.dtype, "fine-tuning", **candidate)
     model.eval()
-    return lambda x: clean_features(model, x, task.size, task.batch_size, task.dtype).float()
+    inference = task.size, task.batch_size, task.dtype
+    return lambda x: clean_features(model, x, *inference, trained=True).float()
 
 
 def train_classifier(
@@ -99,7 +101,8 @@ def train_classifier(
 
     inputs(epoch, indices of a batch) returns the input of a step. Each image is seen once per
     epoch, in batches of equal size to within one image: a small last batch would get the same step
-    size as a full one, and batch norm needs two images.
+    size as a full one, and batch norm needs two images. Raises NotFinite after an epoch whose last
+    loss is not.
     """
     device, labels = task.train.labels.device, task.train.labels
     rng = torch.Generator(device).manual_seed(task.seed)  # order of the images
@@ -127,3 +130,5 @@ def train_classifier(
                 scaler.update()
                 if bar.update():
                     bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
+            what = f"with learning rate {learning_rate:g} the loss in epoch {epoch + 1} is"
+            check_finite(what, loss.detach(), dtype, trained=True)

@@ -1,9 +1,10 @@
 """Feature extraction and kNN (Wu et al. 2018) for a frozen encoder; accuracies."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,27 @@ from images.datasets import Split, resize
 from images.host import Images
 from system.checkpoint import build_model
 from system.device import autocast
+from system.errors import UserError
+
+log = logging.getLogger("simclr")
+
+
+class NotFinite(UserError):
+    """Features, a classifier's loss or its scores have values that are not finite."""
+
+
+def check_finite(what: str, values: Tensor, dtype: torch.dtype, trained: bool = False) -> Tensor:
+    """The same values; raises NotFinite if one of them is inf or nan, or their norm overflows.
+
+    dtype: what they were computed in; trained: whether with weights that the evaluation trains. The
+    norm, in float32, shows inf and nan and takes no memory. On a GPU this waits for the values.
+    """
+    if not (norm := torch.linalg.vector_norm(values, dtype=torch.float32)).isfinite():
+        ways = ["lower finetune_learning_rate"] if trained else []
+        ways += ["take precision=fp32"] if dtype != torch.float32 else []
+        ways += [] if trained else ["take another checkpoint"]
+        raise NotFinite(f"{what} not finite (norm {norm:g}): {', or '.join(ways)}")
+    return values
 
 
 @contextmanager
@@ -57,17 +79,19 @@ def build_encoder(
 
 
 @torch.no_grad()
-def extract_features(enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+def extract_features(
+    enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype, trained: bool = False
+) -> Tensor:
     """Features (N, D) of all rows of the batches (n, 3, S, S), in order.
 
     Computed in mixed precision `dtype` and kept in the encoder's output precision: converting to
-    float32 would double the memory and add no information.
+    float32 would double the memory and add no information. Raises NotFinite as `check_finite`.
     """
     features = []
     for x in batches:
         with autocast(x.device, dtype):
             features.append(enc(x))
-    return torch.cat(features)
+    return check_finite("the output of the network is", torch.cat(features), dtype, trained)
 
 
 def clean_features(
@@ -77,10 +101,11 @@ def clean_features(
     batch_size: int,
     dtype: torch.dtype,
     check: Callable[[], None] = lambda: None,
+    trained: bool = False,
 ) -> Tensor:
     """Features (N, D) of unaugmented images; images: (N, 3, H, W), uint8.
 
-    `check` is called before each batch, and may raise.
+    `check` is called before each batch, and may raise. Raises NotFinite as `check_finite`.
     """
 
     def batches() -> Iterator[Tensor]:
@@ -89,7 +114,8 @@ def clean_features(
             check()
             yield resize(x, size)
 
-    return extract_features(enc, batches(), dtype)
+    with closing(batches()) as parts:  # and the bar, before an error is printed
+        return extract_features(enc, parts, dtype, trained)
 
 
 def crop_features(
@@ -110,15 +136,16 @@ def crop_features(
     """
     rng = torch.Generator(images.device).manual_seed(seed)
     features = None
-    for k in tqdm(range(views), "features of crops", leave=False, unit="view"):
-        crops = (
-            random_crop_flip(x, draw(len(x), rng), size, crop_scale, flip_probability)
-            for x in images.split(batch_size)
-        )
-        view = extract_features(enc, crops, dtype)
-        if features is None:
-            features = view.new_empty(views, *view.shape)
-        features[k] = view
+    with tqdm(range(views), "features of crops", leave=False, unit="view") as bar:
+        for k in bar:
+            crops = (
+                random_crop_flip(x, draw(len(x), rng), size, crop_scale, flip_probability)
+                for x in images.split(batch_size)
+            )
+            view = extract_features(enc, crops, dtype)
+            if features is None:
+                features = view.new_empty(views, *view.shape)
+            features[k] = view
     return features
 
 
@@ -156,15 +183,20 @@ def held_out_knn(
     batch_size: int,
     dtype: torch.dtype,
     check: Callable[[], None] = lambda: None,
-) -> float:
+) -> float | None:
     """kNN accuracy in [0, 1] during pretraining; bank and queries are indices of training images.
 
     The encoder runs in eval mode and returns to its former mode. Costs one forward pass per image.
-    `check` is called before each batch, and may raise.
+    `check` is called before each batch, and may raise. None, and a warning, if the features are not
+    finite.
     """
     was_training = enc.training
-    h = clean_features(enc.eval(), split.images, size, batch_size, dtype, check)
-    enc.train(was_training)
+    try:
+        h = clean_features(enc.eval(), split.images, size, batch_size, dtype, check)
+    except NotFinite:  # while the loss, with the statistics of a batch, still is
+        return log.warning("warning: no kNN: in eval mode the features are not finite")
+    finally:
+        enc.train(was_training)
     scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
     return accuracy(scores, split.labels[queries])
 

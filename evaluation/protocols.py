@@ -3,8 +3,10 @@
 Each protocol returns scores of the test images; it never gets their labels.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +20,27 @@ from evaluation.classifiers import (
     fit_logistic,
     fit_network,
 )
-from evaluation.features import accuracy, clean_features, crop_features, frozen, knn_scores
+from evaluation.features import (
+    NotFinite,
+    accuracy,
+    check_finite,
+    clean_features,
+    crop_features,
+    frozen,
+    knn_scores,
+)
 from images.datasets import hold_out
 from images.host import Images, take
+from system.errors import UserError
+from system.memory import memory_advice
+
+log = logging.getLogger("simclr_lin")
 
 VALIDATION_FRACTION = 0.1  # of the labelled training images, to choose hyperparameters on
+SMALLER = {  # what helps where memory is used up; elsewhere batch_size
+    "knn": "labels", "weighted_knn": "labels", "logistic": "labels",
+    "linear": "finetune_views or batch_size",
+}  # fmt: skip
 INVERSE_PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # logistic regression
 
 
@@ -40,14 +58,15 @@ def run_protocols(
     """Run each protocol of RUN: yields its name, its result and the seconds it takes alone.
 
     Raises RuntimeError if a protocol other than finetune has changed the encoder, UserError if
-    there are too few labels to hold some out for choosing hyperparameters.
+    there are too few labels to hold some out for choosing hyperparameters, if features, loss or
+    scores are not finite, or if memory is used up.
     """
     if "logistic" in protocols or len(task.candidates) > 1:
         validation_split(task)  # refuses too few labels before hours are spent
     feature_seconds = 0.0
     if set(protocols) - {"finetune"}:
         start = time.perf_counter()
-        with frozen(task.enc):
+        with naming(task, f"features for {', '.join(protocols)}"), frozen(task.enc):
             h, test_h = (
                 clean_features(task.enc, images, task.size, task.batch_size, task.dtype)
                 for images in (task.train.images, task.test_images)
@@ -56,17 +75,30 @@ def run_protocols(
         feature_seconds = time.perf_counter() - start
     for protocol in protocols:
         start = time.perf_counter()
-        if protocol == "finetune":
-            result = RUN[protocol](task)
-        else:
-            start -= feature_seconds
-            with frozen(task.enc):
+        with naming(task, protocol):
+            if protocol == "finetune":
                 result = RUN[protocol](task)
+            else:
+                start -= feature_seconds
+                with frozen(task.enc):
+                    result = RUN[protocol](task)
+            trained = "learning_rate" in result.settings
+            check_finite("the scores are", result.scores, torch.float32, trained)
         settings = result.settings
-        if "learning_rate" in settings:
+        if trained:
             settings = {"epochs": task.epochs, "batch_size": task.batch_size, **settings}
         result = ProtocolResult(result.scores.cpu(), settings, result.selection)  # waits for a GPU
         yield protocol, result, time.perf_counter() - start
+
+
+@contextmanager
+def naming(task: EvaluationTask, protocol: str) -> Iterator[None]:
+    """Name protocol and encoder if in the block something is not finite, or memory is used up."""
+    try:
+        with memory_advice(f"take a smaller {SMALLER.get(protocol, 'batch_size')}"):
+            yield
+    except UserError as error:
+        raise type(error)(f"{protocol} of {task.encoder}, seed {task.seed}: {error}") from None
 
 
 def run_knn(task: EvaluationTask, **settings: float) -> ProtocolResult:
@@ -127,17 +159,29 @@ def select_and_fit(
 
     fit(index, **candidate) trains on the images of the index alone. Several candidates are each
     fitted on nine tenths and scored on the held-out tenth; the best one (the first of equals) is
-    fitted again on everything, and it alone sees the test inputs. Inputs are the features of
-    unaugmented images unless given.
+    fitted again on everything, and it alone sees the test inputs. A candidate that diverges has no
+    accuracy and loses; if all do, NotFinite is raised. Inputs are the features of unaugmented
+    images unless given.
     """
     if inputs is None:
         inputs, test_inputs = task.h, task.test_h
     labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
         rest, held_out = validation_split(task)
-        scores = [fit(rest, **c)(take(inputs, held_out)) for c in candidates]
-        accuracies = [accuracy(s, labels[held_out]) for s in scores]
-        chosen = candidates[accuracies.index(max(accuracies))]
+        part, accuracies = take(inputs, held_out), []
+        for candidate in candidates:
+            try:
+                scores = fit(rest, **candidate)(part)
+                check_finite("the scores are", scores, torch.float32, "learning_rate" in candidate)
+                accuracies.append(accuracy(scores, labels[held_out]))
+            except NotFinite as error:
+                accuracies.append(None)
+                log.warning(f"warning: one of {len(candidates)} candidates is left out: {error}")
+                failure = error
+        kept = [a for a in accuracies if a is not None]
+        if not kept:
+            raise NotFinite(f"no candidate of {len(candidates)} is left: {failure}")
+        chosen = candidates[accuracies.index(max(kept))]
         tried = [{**c, "accuracy": a} for c, a in zip(candidates, accuracies, strict=True)]
         selection = {"chosen": chosen, "validation_images": len(held_out), "candidates": tried}
     everything = torch.arange(len(labels), device=labels.device)

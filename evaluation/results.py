@@ -1,18 +1,24 @@
 """Scores and tables of an evaluation; results.json, results.md and predictions.csv."""
 
 import csv
+import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from evaluation.classifiers import EvaluationTask
 from evaluation.features import accuracy, top_k_accuracy
 from evaluation.protocols import ProtocolResult
 from system.files import write_file
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 
 
 def score(result: ProtocolResult, labels: Tensor, seconds: float) -> dict[str, Any]:
@@ -95,10 +101,16 @@ def table(rows: list[dict[str, Any]], settings: bool) -> str:
 
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table with its header first, padded so that it reads well on a terminal."""
+    lines = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def printable(text: str) -> str:
+    """Text of the user on one line, � for line breaks, control characters and undecodable bytes."""
+    return UNPRINTABLE.sub("�", text)
 
 
 def _settings(row: dict[str, Any]) -> str:
@@ -117,8 +129,40 @@ def _words(settings: dict[str, float]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
 
 
-def write_results(out_dir: Path, results: dict[str, Any]) -> None:
-    """Write results.json and results.md, or results_labels<…> for few labels, atomically."""
+def describe_source(
+    cfg: DictConfig, saved: dict[str, Any], checkpoint: Path, task: EvaluationTask
+) -> dict[str, Any]:
+    """What was evaluated on what: checkpoint, data and settings, for results.json."""
+    return {
+        "checkpoint": str(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "epoch": saved["epoch"],
+        "backbone": saved["config"]["backbone"],
+        "dataset": cfg.dataset,
+        "labels": cfg.labels,
+        "training_images": len(task.train.images),
+        "test_images": len(task.test_images),
+        "precision": str(task.dtype).removeprefix("torch."),
+        "config": saved["config"],
+        "evaluation_config": OmegaConf.to_container(cfg),
+    }
+
+
+def write_results(
+    out_dir: Path,
+    about: dict[str, Any],
+    scored: dict[tuple[str, str], list[dict[str, Any]]],
+    classes: list[str],
+) -> dict[str, Any]:
+    """Write what is scored so far to results.json and results.md; returns the content of the first.
+
+    about: from `describe_source`; scored: the runs (from `score`) of each
+    encoder and protocol. The names are results_labels<…> for few labels. Each file is replaced
+    atomically. Raises UserError if that fails.
+    """
+    rows = [summarise(*key, runs) for key, runs in scored.items()]
+    linear = per_class(scored.get(("checkpoint", "linear"), []), classes)
+    results = {**headline(rows), **about, "protocols": rows, **linear}
     labels, cfg = results["labels"], results["evaluation_config"]
     text = (
         f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
@@ -129,9 +173,10 @@ def write_results(out_dir: Path, results: dict[str, Any]) -> None:
     name = "results" if labels is None else f"results_labels{labels}"
     for suffix, content in (
         (".json", json.dumps(results, indent=2) + "\n"),
-        (".md", text + table(results["protocols"], settings=True) + "\n"),
+        (".md", text + table(rows, settings=True) + "\n"),
     ):
         write_file(out_dir / (name + suffix), content.encode())
+    return results
 
 
 def write_predictions(

@@ -22,7 +22,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, VisionDataset
 from torchvision.datasets.utils import check_integrity, download_url
 
-from images.folder import decode, find_images, list_folder, name_few
+from images.decode import decode
+from images.folder import find_images, list_folder, name_few, name_others, printable
 from images.host import Images, place
 from system.errors import ConfigError, UserError
 from system.files import locked
@@ -217,21 +218,19 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
             f"{root} must have the classes of {root.with_name('train')}: "
             f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
         )
-    files, labels = [], []
-    for label, folder in [(-1, root)] if loose else enumerate(root / name for name in classes):
-        found = find_images(folder, data_dir, without=others)
-        files += found
-        labels += [label] * len(found)
-    images = decode(files, image_size, workers)
-    remarks = tuple(_remarks(root, split, classes, loose, others))
-    return Split(images, torch.tensor(labels), [] if loose else classes, remarks)
+    found, left_out = find_images([root] if loose else [root / name for name in classes], data_dir)
+    labels = [-1 if loose else label for label, files in enumerate(found) for _ in files]
+    images = decode([file for files in found for file in files], image_size, workers)
+    remarks = _remarks(root, split, classes, loose, {*others, *left_out})
+    return Split(
+        images, torch.tensor(labels), [] if loose else classes, tuple(map(printable, remarks))
+    )
 
 
 def _remarks(
-    root: Path, split: str, classes: list[str], loose: list[Path], others: list[Path]
+    root: Path, split: str, classes: list[str], loose: list[Path], others: set[Path]
 ) -> Iterator[str]:
-    if others:
-        yield f"left out of {root}, no images by their extension: {name_few(others)}"
+    yield from name_others(root, others)
     if loose:
         yield (
             f"{root} has images in no class folder ({name_few(loose)}): all below it are taken "

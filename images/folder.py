@@ -1,26 +1,32 @@
 """Folders of image files: read once, never written; symbolic links that leave are refused."""
 
 import os
-import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from images.decode import decode, refuse
 from system.errors import UserError
+
+# Folders that archives, file servers and operating systems make, in lower case.
+LITTER = {
+    *("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "$recycle.bin"),
+    *("recycler", "system volume information", "found.000", "lost+found", "lost.dir"),
+    *("temporary items", "network trash folder", "__pycache__"),
+}
+UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows by name alone
 
 
 class Listing(NamedTuple):
     """What is visible directly in a folder, sorted."""
 
     classes: list[str]  # names of the folders, one for each class
-    images: list[Path]  # files that lie in no class folder, images by their extension
-    others: list[Path]  # all other files
+    images: list[Path]  # images that lie in no class folder
+    others: list[Path]  # what is left out: all other files, and folders named in LITTER
 
 
 def list_folder(root: Path, within: Path) -> Listing:
@@ -37,106 +43,127 @@ def list_folder(root: Path, within: Path) -> Listing:
             f"{root} cannot be read ({error.strerror}): dataset=folder needs images in "
             "data_dir/train/, and for labels in data_dir/train/<class>/ and data_dir/test/<class>/"
         ) from None
-    for path in (root, *sorted(folders)):
-        _refuse_link(path, within)
+    classes = {path for path in folders if path.name.casefold() not in LITTER}
+    refuse([*_links((root, *sorted(classes)), within)])
     images = {path for path in visible - folders if _is_image(path)}
-    others = sorted(visible - folders - images)
-    if not folders and not images:
-        found = f" but {name_few(others)}" if others else ""
-        raise UserError(f"{root} has no image{found}: add some, for labels in {root}/<class>/")
-    return Listing(sorted(path.name for path in folders), sorted(images), others)
+    others = sorted(visible - classes - images)
+    if not classes and not images:
+        raise UserError(
+            f"{root} has no image{_but(others)}: add some, for labels in {root}/<class>/"
+        )
+    return Listing(sorted(path.name for path in classes), sorted(images), others)
 
 
-def name_few(files: list[Path]) -> str:
-    """The first three names, and how many files there are besides."""
+def name_few(files: list[Path], root: Path | None = None) -> str:
+    """The first three names, or paths from `root`, and how many files there are besides."""
     more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
-    return ", ".join(path.name for path in files[:3]) + more
+    names = (path.relative_to(root).as_posix() if root else path.name for path in files[:3])
+    return ", ".join(names) + more
 
 
-def _is_image(path: Path) -> bool:
-    """Whether Pillow reads files with this extension; MPO, of cameras, it opens as JPEG."""
-    return Image.registered_extensions().get(path.suffix.lower()) in {*Image.OPEN, "MPO"}
+def name_others(root: Path, others: Iterable[Path]) -> Iterator[str]:
+    """A remark for each kind of what was left out of `root`: the first names and the number."""
+    others = sorted(others)
+    litter = [path for path in others if path.name.casefold() in LITTER]
+    files = [path for path in others if path not in litter]
+    for kind, paths in (("no images by their extension", files), ("of other programs", litter)):
+        if paths:
+            yield f"left out of {root}, {kind}: {name_few(paths, root)}"
 
 
 def load_images(
     folder: Path, image_size: int, workers: int, within: Path | None = None
-) -> tuple[list[Path], Tensor]:
-    """All images below a folder: sorted paths, and (N, 3, image_size, image_size) uint8.
+) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """All images below a folder: sorted paths, (N, 3, image_size, image_size) uint8, and remarks.
 
-    Raises UserError as `find_images` and `decode`.
+    The remarks say what was left out. Raises UserError as `find_images` and `decode`.
     """
-    files = find_images(folder, within)
-    return files, decode(files, image_size, workers)
+    [files], others = find_images([folder], within)
+    images = decode(files, image_size, workers)
+    return files, images, tuple(map(printable, name_others(folder, others)))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is not UTF-8 in a file's name, which no log takes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def find_images(
-    folder: Path, within: Path | None = None, without: Sequence[Path] = ()
-) -> list[Path]:
-    """The sorted paths of all files below a folder, but for those in `without`.
+    folders: Sequence[Path], within: Path | None = None
+) -> tuple[list[list[Path]], list[Path]]:
+    """The sorted images below each folder, as deep as it goes, and what is left out of them all.
 
-    Raises UserError if there is none, and for a link out of `within` (None: out of the folder).
+    Raises UserError, for all folders together, if one has no image or cannot be read, and for links
+    to folders, to nothing or out of `within` (None: out of the folder).
     """
-    files = sorted(_visible_files(folder, within or folder) - {*without})
-    if not files:
-        raise UserError(f"{folder} has no image: add some, or leave the folder out")
-    return files
+    found, others, problems = [], [], []
+    for folder in folders:
+        images, left_out, wrong = _walk(folder, within or folder)
+        if not images and not wrong:
+            what = f"{folder} has no image{_but(left_out)}"
+            wrong = [(what, "add some, or leave the folder out")]
+        found.append(sorted(images))
+        others += left_out
+        problems += wrong
+    refuse(problems)
+    return found, others
 
 
-def decode(files: list[Path], image_size: int, workers: int) -> Tensor:
-    """The images in the files, (N, 3, image_size, image_size) uint8, with no second copy of them.
+def _walk(folder: Path, within: Path) -> tuple[list[Path], list[Path], list[tuple[str, str]]]:
+    """Images below a folder, what is left out, and problems."""
+    images, others, problems = [], [], []
 
-    Raises UserError for a file that is not a single image.
-    """
-    images = np.empty((len(files), 3, image_size, image_size), np.uint8)
+    def unreadable(error: OSError) -> None:
+        problems.append((f"{error.filename} cannot be read ({error.strerror})", "make it readable"))
 
-    def fill(n: int) -> None:
-        images[n] = _decode(files[n], image_size)
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 90 million pixels
-        list(pool.map(fill, range(len(files))))
-    return torch.from_numpy(images)
-
-
-def _visible_files(folder: Path, within: Path) -> set[Path]:
-    files = set()
-    for directory, folders, names in os.walk(folder, onerror=_refuse_unreadable):
-        folders[:] = [name for name in folders if name[0] != "."]
-        visible = [Path(directory, name) for name in folders + names if name[0] != "."]
-        for path in visible:
-            _refuse_link(path, within)
-            if path.is_symlink() and path.is_dir():
-                raise UserError(f"{path} is a link to a folder, not followed: copy what is meant")
-        files.update(path for path in visible if path.is_file())
-    return files
+    for directory, folders, names in os.walk(folder, onerror=unreadable):
+        below = [Path(directory, name) for name in sorted(folders) if name[0] != "."]
+        others += (path for path in below if path.name.casefold() in LITTER)
+        below = [path for path in below if path.name.casefold() not in LITTER]
+        folders[:] = [path.name for path in below]
+        problems += _links(below, within, to_folders=False)
+        files = [Path(directory, name) for name in names if name[0] != "."]
+        files = {path: _is_image(path) for path in files}
+        problems += _links((path for path, image in files.items() if image), within)
+        images += (path for path, image in files.items() if image and path.is_file())
+        others += (path for path, image in files.items() if not image)
+    return images, sorted(others), problems
 
 
-def _refuse_unreadable(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable")
+def _but(others: list[Path]) -> str:
+    return f" but {name_few(others)}" if others else ""
 
 
-def _refuse_link(path: Path, within: Path) -> None:
-    """Raise UserError for a symbolic link out of `within`, or to nothing."""
-    if path.is_symlink():
-        target = Path(os.path.realpath(path))
-        if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
-            raise UserError(f"{path} is a link out of {within}, or to nothing: copy what is meant")
+@cache
+def _extensions() -> dict[str, bool]:
+    """Whether files with an extension are images; MPO, of cameras, Pillow opens as JPEG."""
+    extensions = Image.registered_extensions().items()  # this loads the formats
+    read = {*Image.OPEN, "MPO"} - UNREAD
+    return {suffix: kind in read for suffix, kind in extensions}
 
 
-def _decode(path: Path, size: int) -> np.ndarray:
-    """Decode an image file of any size and mode to uint8 (3, size, size).
+def _is_image(path: Path) -> bool:
+    """Whether a file is an image: by its extension, or by its content if that says nothing."""
+    known = _extensions().get(path.suffix.lower())
+    if known is None and not path.is_symlink() and path.is_file():
+        try:
+            with Image.open(path) as file:
+                known = file.format not in UNREAD
+        except UnidentifiedImageError:
+            known = False
+        except Exception:  # `decode` says what is wrong
+            known = True
+    return bool(known)
 
-    The shorter side is resized to `size` and the centre is cropped, without distortion; an RGB
-    image of that size is returned bit by bit.
-    """
-    try:
-        with Image.open(path) as file:
-            if getattr(file, "is_animated", False) and file.format != "MPO":  # a photo's preview
-                raise ValueError(f"it has {file.n_frames} frames")
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except Exception as error:  # each of Pillow's decoders raises what it likes
-        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from None
-    return np.asarray(image).transpose(2, 0, 1)
+
+def _links(
+    paths: Iterable[Path], within: Path, to_folders: bool = True
+) -> Iterator[tuple[str, str]]:
+    """Problems: symbolic links out of `within`, to nothing, or to folders."""
+    for path in paths:
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
+                yield f"{path} is a link out of {within}, or to nothing", "copy what is meant"
+            elif not to_folders:
+                yield f"{path} is a link to a folder, not followed", "copy what is meant"

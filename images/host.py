@@ -6,6 +6,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from system.memory import free_memory, in_words
+
 # Of the GPU's free memory, as much as a split may take: weights, activations and the features of
 # the evaluation need the rest, and how much that is depends on the batch.
 SHARE = 0.5
@@ -51,7 +53,7 @@ Images: TypeAlias = Tensor | HostImages
 
 def fits(images: Tensor, device: torch.device) -> bool:
     """Whether the images leave enough of a GPU's free memory; elsewhere there is but one memory."""
-    return device.type != "cuda" or images.nbytes <= SHARE * torch.cuda.mem_get_info(device)[0]
+    return device.type != "cuda" or images.nbytes <= SHARE * free_memory(device)
 
 
 def place(images: Tensor, device: torch.device) -> Images:
@@ -79,7 +81,6 @@ def batches(images: Images, rows: Tensor) -> Iterator[Tensor]:
 
 def describe(images: Images, dataset: str) -> str:
     """Number, bytes and place for the log: `50,000 images of cifar10 (153.6 MB on cuda)`."""
-    unit, name = (1e9, "GB") if images.nbytes >= 1e9 else (1e6, "MB")
     on_device = isinstance(images, Tensor)
     where = f"on {images.device}" if on_device else "in host memory, copied batch by batch"
-    return f"{len(images):,} images of {dataset} ({images.nbytes / unit:,.1f} {name} {where})"
+    return f"{len(images):,} images of {dataset} ({in_words(images.nbytes)} {where})"

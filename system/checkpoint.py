@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models import SimCLR
-from system.errors import UserError
+from system.errors import UserError, out_of_memory
 from system.files import write_file
 
 # The config keys that define the network and the size of its input.
@@ -90,6 +90,8 @@ def _read(path: Path, unzipped: bool = False) -> Any:
             f"{path} is no checkpoint: it is not the plain data of simclr.py or of a state dict"
         ) from None
     except Exception as error:  # the readers raise many types
+        if out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{path} is damaged or no checkpoint ({reason})") from None
     if isinstance(saved, dict) and saved.get("format", FORMAT) != FORMAT:
@@ -112,14 +114,16 @@ def _check_archive(content: bytes) -> None:
 def load_init(enc: nn.Module, init: str) -> str:
     """Start the encoder from the file `init`; returns a line for the log that says what it has.
 
-    init: a checkpoint or training state of simclr.py, or the state dict of a torchvision ResNet.
-    The head in it is left out, as is a `conv1` of another shape (3×3 or 7×7), which stays random.
+    init: a checkpoint or training state of simclr.py, a run directory (its newest checkpoint), or
+    the state dict of a torchvision ResNet. The head in it is left out, as is a `conv1` of another
+    shape (3×3 or 7×7), which stays random.
     Raises UserError if anything else does not fit or is not finite.
     """
-    path = Path(os.path.expanduser(init))
+    path = named_checkpoint(init, key="init")
     if not path.is_file():
-        found = describe_checkpoints(path) if path.is_dir() else "there is no such file"
-        raise UserError(f"init={init}: must be a file with weights; {found}")
+        raise UserError(f"init={init}: must be a file with weights; there is no such file")
+    if path.name != Path(init).name:  # a run directory: say which of its files
+        init = str(path)
     saved = _read(path, unzipped=True)
     weights = _without_prefix(saved, init)
     heads = sorted({key.split(".")[0] for key in weights} & HEADS)
@@ -154,23 +158,37 @@ def _load_strictly(enc: nn.Module, weights: dict[str, Tensor], init: str) -> Non
             f"init={init}: does not fit the encoder ({reason[:300]} …): choose the backbone that "
             "it holds with backbone=NAME, or another file"
         ) from None
-    bad = [name for name, value in enc.state_dict().items() if not value.isfinite().all()]
+    _check_values(enc, f"init={init}")
+
+
+def _check_values(model: nn.Module, where: str) -> None:
+    """Raise UserError if a weight or statistic cannot be computed with."""
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if not value.isfinite().all() or (name.endswith("running_var") and (value < 0).any())
+    ]
     if bad:
         raise UserError(
-            f"init={init}: {', '.join(bad[:3])} has values that are not finite: take another file"
+            f"{where}: {', '.join(bad[:3])} has values that are not finite, or negative variances: "
+            "take another file"
         )
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
     """Build the network of a checkpoint read from `path`, trained or randomly initialised.
 
-    Raises UserError if the weights do not fit the architecture that the checkpoint names.
+    Raises UserError if the weights do not fit the architecture that the checkpoint names, or are
+    not finite.
     """
     try:
         model = SimCLR(**{k: saved["config"][k] for k in ARCHITECTURE if k != "image_size"})
         if trained:
             model.load_state_dict(saved["model"])
+            _check_values(model, str(path))
     except (RuntimeError, ValueError, TypeError) as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its weights do not fit its config ({reason[:300]} …)") from None
     return model
@@ -187,27 +205,46 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
     return model.enc.eval().requires_grad_(False), model.feature_dim
 
 
-def find_checkpoint(run_dir: Path, backbone: str, epoch: int | None) -> Path:
+def named_checkpoint(
+    name: str, backbone: str | None = None, epoch: int | None = None, key: str = "checkpoint"
+) -> Path:
+    """The file that `key`=name means: of a run directory as `find_checkpoint`, else that path."""
+    path = Path(os.path.expanduser(name))
+    return find_checkpoint(path, backbone, epoch, key) if path.is_dir() else path
+
+
+def find_checkpoint(
+    run_dir: Path, backbone: str | None, epoch: int | None, key: str = "checkpoint"
+) -> Path:
     """The checkpoint of `backbone` in `run_dir` after `epoch` epochs; None: the newest.
 
-    Raises UserError, listing the checkpoints in that directory, if it is missing.
+    backbone: None for the one that the directory has checkpoints of. Raises UserError, listing
+    what there is, if none is found, or if those found are of several backbones.
     """
-    if epoch is None:
-        names = [path.name for path in run_dir.glob(f"simclr_{backbone}_epoch*.pt")]
-        matches = [re.fullmatch(r".*_epoch(\d+)\.pt", name) for name in names]
-        epoch = max((int(match[1]) for match in matches if match), default=None)
-    if epoch is not None and (path := run_dir / checkpoint_name(backbone, epoch)).is_file():
-        return path
-    wanted = f"{backbone} after epoch {epoch}" if epoch is not None else backbone
+    names = [path.name for path in run_dir.glob("simclr_*_epoch*.pt") if path.is_file()]
+    matches = [re.fullmatch(r"simclr_(\w+)_epoch([1-9]\d*)\.pt", name) for name in names]
+    found = [(m[1], int(m[2])) for m in matches if m and backbone in (None, m[1])]
+    found = [pair for pair in found if epoch in (None, pair[1])]
+    if len({name for name, _ in found}) == 1:
+        return run_dir / checkpoint_name(*max(found))
+    wanted = f" of {backbone}" if backbone else ""
+    wanted += f" after epoch {epoch}" if epoch else ""
+    many, make = "more than one backbone has a", ", or make one with simclr.py"
     raise UserError(
-        f"no checkpoint of {wanted} in {run_dir}: {describe_checkpoints(run_dir)}; "
-        "make one with simclr.py or name one with checkpoint=PATH"
+        f"{many if found else 'no'} checkpoint{wanted} in {run_dir}: "
+        f"{describe_checkpoints(run_dir)}; name one with {key}=PATH{make * (not found)}"
     )
 
 
 def describe_checkpoints(directory: Path) -> str:
-    """For error messages: the checkpoints in a directory, or that it has none."""
+    """For error messages: the checkpoints in a directory, or what it has instead."""
     if not directory.is_dir():
         return f"there is no directory {directory}"
-    names = ", ".join(sorted(path.name for path in directory.glob("*.pt")))
-    return f"found {names}" if names else f"{directory} has no .pt file"
+    paths = sorted(directory.glob("*.pt")) or sorted(directory.glob("*/*.pt"))  # or of a sweep
+    if not paths:
+        return f"{directory} has no .pt file"
+    names = [str(path.relative_to(directory)) for path in paths]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    states = all(re.search(r"_(last|previous)\.pt$", name) for name in names)
+    early = ", the training state of a run that has no checkpoint yet" if states else ""
+    return f"found {', '.join(names[:10])}{more}{early}"

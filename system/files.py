@@ -2,12 +2,14 @@
 
 import errno
 import io
+import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -91,6 +93,24 @@ def read_yaml(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: must hold lines of the form key: value")
     return config
+
+
+def parse_json(content: bytes, where: Path | str) -> dict[str, Any]:
+    """The JSON object in `content`. Raises UserError, naming `where`, if it holds anything else."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key twice")
+        return found
+
+    try:
+        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
+        reason = "" if isinstance(found, dict) else "no keys with values"
+    except (ValueError, RecursionError) as error:  # of the encoding, of JSON
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise UserError(f"{where} is damaged or of another program ({reason}): mend or remove it")
+    return found
 
 
 @contextmanager

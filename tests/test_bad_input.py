@@ -427,7 +427,7 @@ BAD_CHECKPOINTS = {
         "no checkpoint nowhere.pt: . has no .pt file",
         ["checkpoint=nowhere.pt"],
     ),
-    "a directory": (lambda: None, 1, "no checkpoint images", ["checkpoint=images"]),
+    "a directory": (lambda: None, 1, "no checkpoint in images", ["checkpoint=images"]),
     "empty": (lambda: Path(WEIGHTS).write_bytes(b""), 1, "is damaged or no checkpoint", []),
     "truncated": (lambda: cut(Path(WEIGHTS)), 1, "is damaged or no checkpoint", []),
     "tampered": (lambda: tampered(WEIGHTS), 1, "is damaged or no checkpoint (wrong CRC of ", []),
@@ -581,7 +581,7 @@ BAD_INITS = {
         lambda: None,
         "init=x.pth: must be a file with weights; there is no such file",
     ),
-    "a directory": (lambda: Path("x.pth").mkdir(), "a file with weights; x.pth has no .pt file"),
+    "a directory": (lambda: Path("x.pth").mkdir(), "no checkpoint in x.pth: x.pth has no .pt file"),
     "empty": (lambda: Path("x.pth").write_bytes(b""), "x.pth is damaged or no checkpoint"),
     "text": (lambda: Path("x.pth").write_text("text"), "x.pth is damaged or no checkpoint"),
     "truncated": (

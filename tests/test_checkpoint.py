@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import pickle
+import shutil
 import struct
 import zipfile
 from collections import Counter, OrderedDict
@@ -67,6 +69,56 @@ def test_a_missing_checkpoint_is_an_error_that_lists_those_there_are(saved, back
         load_checkpoint(saved / "nosuch.pt")
     with pytest.raises(UserError, match=r"there is no directory .*nowhere"):
         find_checkpoint(saved / "nowhere", backbone, epoch)
+
+
+def test_a_run_directory_stands_for_its_newest_checkpoint(
+    thin, trained, call, write_images, tmp_path
+):
+    """Or the line says what is there: other backbones, a training state, the runs of a sweep."""
+    write_images(tmp_path / "images", train=8, test=3)
+    (tmp_path / "a run [1]").mkdir()
+    for epoch in (2, 9, 10):
+        name = f"simclr_resnet18_epoch{epoch}.pt"
+        shutil.copy(trained / "simclr_resnet18_epoch2.pt", tmp_path / "a run [1]" / name)
+    data = ["dataset=folder", "data_dir=images", "device=cpu", "batch_size=8"]
+    lin = ["simclr_lin.py", *data, "protocols=[knn]", "hydra.run.dir=out"]
+    init = ["simclr.py", *data, "image_size=8", "epochs=1", "resume=false", "hydra.run.dir=new"]
+
+    def evaluated(*overrides):
+        code, error = call(*lin, *overrides)
+        assert code == 0, error
+        return json.loads((tmp_path / "out" / "results.json").read_text())["checkpoint"]
+
+    newest = "a run [1]/simclr_resnet18_epoch10.pt"
+    assert evaluated("checkpoint='a run [1]'") == newest
+    code, error = call(*init, "init='a run [1]'")
+    assert code == 0, error
+    assert f"init: the encoder starts from {newest}" in (tmp_path / "new/simclr.log").read_text()
+    (tmp_path / "a run [1]" / "simclr_resnet34_epoch11.pt").write_bytes(b"")
+    assert evaluated("checkpoint='a run [1]'", "backbone=resnet18") == newest
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "simclr_resnet18_last.pt").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for directory, *said in (
+        (
+            "a run [1]",
+            "more than one backbone has a checkpoint in a run [1]: found ",
+            "resnet34_ep",
+        ),
+        ("state", "no checkpoint in state: found simclr_resnet18_last.pt, the training state of a"),
+        ("empty", "no checkpoint in empty: empty has no .pt file"),
+        (
+            ".",
+            "found a run [1]/simclr_resnet18_epoch10.pt, ",
+            "state/simclr_resnet18_last.pt; name",
+        ),
+    ):
+        for command, key in ((lin, "checkpoint"), (init, "init")):
+            code, error = call(*command, f"{key}='{directory}'")
+            assert code == 1 and error.startswith("error: ") and error.count("\n") == 1, error
+            assert all(part in error for part in said) and f"name one with {key}=PATH" in error
+    code, error = call(*lin, "checkpoint=state", "backbone=resnet34")
+    assert code == 1 and "no checkpoint of resnet34 in state: found simclr_resnet18_last" in error
 
 
 class Trap:
@@ -171,6 +223,17 @@ class Odd:
 
     def __reduce__(self):
         return OrderedDict, (1, 2)
+
+
+def test_a_machine_with_too_little_memory_is_not_taken_for_a_damaged_file(saved, monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB")):
+
+        def load(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(type(error)):
+            load_checkpoint(saved / "simclr_resnet18_epoch9.pt")
 
 
 def test_whatever_the_readers_raise_the_file_is_named(tmp_path):

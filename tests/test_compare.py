@@ -1,13 +1,14 @@
 """The table of several runs."""
 
 import json
+import os
+import re
 import sys
 
 import pytest
 from omegaconf import OmegaConf
 
-from compare import compare, main, read_run
-from system.errors import UserError
+from compare import compare, main, read_runs
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def runs(config, tmp_path):
 
 
 def test_runs_stand_in_the_order_of_their_knn_at_the_end_with_what_differs(runs):
-    lines = compare([read_run(run) for run in runs]).splitlines()
+    lines = compare(read_runs(runs, [])).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == [
         "run",
@@ -50,7 +51,7 @@ def test_runs_stand_in_the_order_of_their_knn_at_the_end_with_what_differs(runs)
 
 def test_the_order_does_not_ask_the_test_set(runs):
     (runs[0] / "results.json").write_text(json.dumps({"linear_acc": 0.99, "knn_acc": 0.99}))
-    assert compare([read_run(run) for run in runs]).splitlines()[2].startswith("| run0.5 ")
+    assert compare(read_runs(runs, [])).splitlines()[2].startswith("| run0.5 ")
 
 
 def test_what_a_sweep_leaves_beside_its_runs_is_no_run(runs, tmp_path, monkeypatch, capsys):
@@ -66,13 +67,93 @@ def test_what_a_sweep_leaves_beside_its_runs_is_no_run(runs, tmp_path, monkeypat
     assert "no run directory among" in capsys.readouterr().err
 
 
-def test_a_damaged_file_is_named(runs):
-    for name, content in (("results.json", "{"), ("metrics.jsonl", "{\n"), ("config.yaml", "a: [")):
-        (runs[2] / name).write_text(content)
-        with pytest.raises(UserError, match=r"run0\.5 has a damaged file"):
-            read_run(runs[2])
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """table(runs): exit code, the names in the table and the lines on stderr of compare.py."""
+
+    def table(*runs):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, runs)])
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        names = [line.split("|")[1].strip() for line in said.out.splitlines()[2:]]
+        return code or 0, names, said.err.splitlines()
+
+    return table
 
 
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
-        read_run(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "content", "code", "reason"),
+    [
+        ("config.yaml", b"epochs: 1\n\tseed: 1\n", 2, "config.yaml, line 2: "),
+        ("config.yaml", b"epochs: 1\nepochs: 2\n", 2, "epochs"),
+        ("config.yaml", "epochs: 1\n".encode("utf-16"), 2, "line 1: byte 0xff is not UTF-8"),
+        ("config.yaml", b"a: [", 2, "config.yaml, line 1: "),
+        ("config.yaml", b"model: vit\n", 2, "config.yaml is not of simclr.py: it has no epochs"),
+        ("config.yaml", b"", 2, "config.yaml is not of simclr.py: it has no epochs"),
+        ("metrics.jsonl", b"{\n", 1, "metrics.jsonl, line 1 is damaged or of another program ("),
+        ("metrics.jsonl", b"\xe9\n", 1, "line 1 is damaged or of another program ('utf-8' codec"),
+        (
+            "metrics.jsonl",
+            b'{"step": 1}\n',
+            1,
+            "metrics.jsonl, line 1: must hold an epoch",
+        ),
+        ("metrics.jsonl", b'{"epoch": 1, "epoch": 2}\n', 1, "a key twice"),
+        ("metrics.jsonl", b'{"epoch": 1, "knn_acc": "a"}\n', 1, "line 1: must hold an epoch"),
+    ],
+)
+def test_a_damaged_run_is_one_line_and_the_others_are_compared(
+    runs, table, name, content, code, reason
+):
+    (runs[2] / name).write_bytes(content)
+    found, names, [line] = table(*runs)
+    assert (found, names) == (code, ["run0.1", "run0.2"])
+    assert line.startswith(f"error: {runs[2]}/{name}") and reason in line
+
+
+@pytest.mark.parametrize(
+    ("results", "reason"),
+    [
+        ('{"linear_acc": 0.9', "is damaged or of another program"),
+        ("[]", "is damaged or of another program (no keys with values)"),
+        ('{"accuracy": 0.9}', "is not of simclr_lin.py, it has no linear_acc"),
+        ('{"linear_acc": "high"}', "linear_acc is not what simclr_lin.py writes"),
+        ('{"linear_acc": 0.9, "linear_acc": 0.8}', "a key twice"),
+        ('{"linear_acc": 0.9, "config": {"temperature": 0.1, "epochs": 9}}',
+         "is of a run with temperature 0.1, not temperature 0.5: evaluate this one"),
+    ],
+)  # fmt: skip
+def test_results_that_are_damaged_or_of_another_run_are_left_out(runs, results, reason):
+    (runs[2] / "results.json").write_text(results)
+    failed = []
+    found = read_runs(runs, failed)
+    [(_, error)] = failed
+    assert reason in str(error) and f"{runs[2]}/results.json" in str(error)
+    row = "| run0.5 | 0.5 | 2 of 9 | 60.00 | | |"
+    assert compare(found).splitlines()[2].split() == row.split()
+
+
+def test_two_damaged_runs_are_two_lines_and_no_table(runs, table):
+    for run in runs[:2]:
+        (run / "config.yaml").write_text("a: [")
+    code, names, lines = table(*runs[:2])
+    assert (code, names, len(lines)) == (2, [], 2) and all(x.startswith("error: ") for x in lines)
+
+
+def test_results_of_another_epoch_say_which(runs):
+    results = {"linear_acc": 0.7, "knn_acc": None, "epoch": 1, "config": {"temperature": 0.5}}
+    (runs[2] / "results.json").write_text(json.dumps(results))
+    assert "| 70.00 (epoch 1) |" in compare(read_runs(runs, []))
+
+
+def test_names_do_not_break_the_table(runs, table, tmp_path):
+    nasty = ["a|b", "two\nlines", os.fsdecode(b"caf\xe9")]
+    moved = [run.rename(tmp_path / name) for run, name in zip(runs, nasty, strict=True)]
+    lines = compare(read_runs(moved, [])).splitlines()
+    assert len(lines) == 5
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
+    assert {len(row) for row in cells} == {8}
+    assert [row[1] for row in cells[2:]] == ["caf�", r"a\|b", "two�lines"]

@@ -277,7 +277,8 @@ def test_an_unknown_key_is_refused(config):
         config("~temperature")
 
 
-def test_checkpoint_and_load_epoch_exclude_each_other(config):
+def test_checkpoint_and_load_epoch_exclude_each_other_but_for_a_run_directory(config, tmp_path):
+    config(f"checkpoint={tmp_path}", "load_epoch=3", peak="finetune_learning_rate")
     with pytest.raises(ConfigError, match=r"load_epoch=3.*checkpoint=x\.pt"):
         config("checkpoint=x.pt", "load_epoch=3", peak="finetune_learning_rate")
 

@@ -390,7 +390,7 @@ def test_images_of_nested_folders_come_in_the_order_of_their_sorted_paths(tmp_pa
     for n, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4 + 40 * n, 4 + 40 * n), (n, 0, 0)).save(tmp_path / name)
-    files, found = load_images(tmp_path, 8, workers)
+    files, found, _ = load_images(tmp_path, 8, workers)
     visible = [tmp_path / name for name in names[:5]]
     assert files == sorted(visible)
     assert found[:, 0].float().mean(dim=(1, 2)).tolist() == [visible.index(f) for f in files]
@@ -401,7 +401,7 @@ def test_a_link_is_followed_only_within_the_folder_or_where_it_may_lead(tmp_path
     (folder / "a").mkdir(parents=True)
     Image.new("L", (8, 8), 7).save(folder / "x.png")
     (folder / "a" / "link.png").symlink_to(folder / "x.png")
-    files, found = load_images(folder, 8, 1)
+    files, found, _ = load_images(folder, 8, 1)
     assert len(files) == 2 and found.unique().tolist() == [7]
     Image.new("L", (8, 8), 9).save(tmp_path / "all" / "y.png")
     (folder / "out.png").symlink_to(tmp_path / "all" / "y.png")

@@ -100,10 +100,17 @@ def test_known_mistakes_would_be_seen(steps, case, least, n):
 class Run:
     """simclr.py under torchrun, with a small network."""
 
-    def __init__(self, n: int, *arguments: str, restarts: int = 0, machines: str = "") -> None:
+    def __init__(
+        self,
+        n: int,
+        *arguments: str,
+        restarts: int = 0,
+        machines: str = "",
+        before: tuple[str, ...] = (),
+    ) -> None:
         start = [*TORCHRUN, f"--nproc_per_node={n}", f"--max-restarts={restarts}"]
         start += machines.split()
-        command = [*start, str(REPOSITORY / "tests/thin_simclr.py"), *arguments]
+        command = [*before, *start, str(REPOSITORY / "tests/thin_simclr.py"), *arguments]
         self.process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
 
     def workers(self) -> list[int]:
@@ -114,8 +121,8 @@ class Run:
 
     def wait(self) -> tuple[int, list[str]]:
         """Exit code, and what our code said on stderr."""
-        _, stderr = self.process.communicate(timeout=120)
-        lines = stderr.replace("\r", "\n").splitlines()
+        _, self.stderr = self.process.communicate(timeout=120)  # ends with the last of the ranks
+        lines = self.stderr.replace("\r", "\n").splitlines()
         return self.process.returncode, [line for line in lines if "error:" in line.split("(")[0]]
 
 
@@ -166,9 +173,10 @@ def test_a_run_goes_on_after_a_kill_and_signals_with_other_numbers_of_processes(
 
     four = Run(4, *job.arguments)
     wait_for(job.folder, len(epochs(job.folder)) + 3)
-    four.process.send_signal(signal.SIGTERM)
+    four.process.send_signal(signal.SIGUSR1)  # which torchrun does not pass on but ends of
     code, said = four.wait()
-    assert (code, said) == (1, [])
+    assert (code, said) == (-signal.SIGUSR1, [])
+    assert four.stderr.count("the state is saved: the same command resumes the run") == 4
 
     simclr.pretrain(job.cfg, job.folder)
     assert epochs(job.folder) == list(range(1, 61))
@@ -184,6 +192,16 @@ def test_a_run_goes_on_after_a_kill_and_signals_with_other_numbers_of_processes(
     for name in ("loss", "alignment", "gradient_norm"):
         assert ours[0][name] == pytest.approx(whole[0][name], rel=0.02), name
     assert ours[-1]["learning_rate"] == whole[-1]["learning_rate"]
+
+
+def test_a_closed_session_is_saved_under_nohup_too(job):
+    """torchrun handles a SIGHUP that it was started to ignore."""
+    two = Run(2, *job.arguments, "save_minutes=100", before=("nohup",))
+    wait_for(job.folder, 1)
+    two.process.send_signal(signal.SIGHUP)
+    assert two.wait() == (1, [])
+    assert two.stderr.count("stopped by SIGHUP in epoch") == 2
+    assert two.stderr.count("the state is saved: the same command resumes the run") == 2
 
 
 def test_a_restart_on_one_machine_restarts_the_others(job):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from test_files import file_size_limit
 import simclr
 from images.datasets import load_split
 from system.checkpoint import load_checkpoint
-from system.errors import Stopped, StopSignals, UserError, one_line_errors
+from system.errors import Stopped, StopSignals, UserError, describe, one_line_errors
 from training import metrics, record
 from training.state import STATE_PARTS
 
@@ -132,23 +133,6 @@ def test_the_metrics_of_a_step_are_read_after_the_next_was_started(cfg, tmp_path
     assert done == order
 
 
-@pytest.mark.parametrize("recompute", ["true", "false"])
-def test_when_memory_is_too_small_one_line_names_the_three_ways_out(
-    cfg, tmp_path, monkeypatch, capsys, recompute
-):
-    def step(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
-
-    monkeypatch.setattr(simclr, "train_step", step)
-    with pytest.raises(SystemExit) as end, one_line_errors():
-        simclr.pretrain(cfg(f"activation_checkpointing={recompute}"), tmp_path)
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 1 and line.startswith("error: out of memory (CUDA out of memory): ")
-    for way in ("smaller batch_size", "micro_batch_size", "activation_checkpointing=true"):
-        assert way in line
-    assert line.endswith("with resume=false")
-
-
 def test_a_full_disk_is_said_and_the_run_goes_on_and_saves_when_there_is_room(
     cfg, tmp_path, caplog, monkeypatch
 ):
@@ -248,7 +232,7 @@ def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):
     assert capsys.readouterr().err.endswith("xxx: File name too long\n")
     with pytest.raises(SystemExit), one_line_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
-    said = "error: out of memory (CUDA out of memory): take activation_checkpointing=true; or"
+    said = "error: out of memory (CUDA out of memory): this machine has too little for it"
     assert capsys.readouterr().err.startswith(said)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB")):
         with pytest.raises(SystemExit), one_line_errors():
@@ -295,9 +279,9 @@ def test_a_signal_before_the_first_step_ends_the_run_without_one(cfg, tmp_path, 
     assert steps == []
 
 
-def start(folder, *overrides, script="tests/thin_simclr.py", **options):
+def start(folder, *overrides, script="tests/thin_simclr.py", before=(), **options):
     """A run of its own at toy size, of many epochs of a tenth of a second."""
-    command = [sys.executable, str(REPOSITORY / script), "dataset=digits", "image_size=8",
+    command = [*before, sys.executable, str(REPOSITORY / script), "dataset=digits", "image_size=8",
                "batch_size=32", "hidden_dim=8", "projection_dim=8", "epochs=2000", "device=cpu",
                "compile=false", "knn_interval=0", *overrides]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -352,6 +336,41 @@ def test_a_signal_ends_the_process_with_128_and_its_number_in_one_line(tmp_path,
     assert said[-2].startswith(f"stopped by {number.name} in epoch ") and said[-1] == ""
     assert "the state is saved: the same command resumes the run" in said[-2]
     assert last_state(run)["epoch"] >= 1 and "Traceback" not in "".join(said)
+
+
+def test_every_signal_that_asks_a_process_to_end_is_saved(tmp_path, write_images):
+    """In one process, each call of simclr.py resumes what the signal before has stopped."""
+    codes = {
+        "SIGHUP": 129,  # the terminal is closed
+        "SIGUSR1": 138,  # SLURM: --signal=B:USR1@60
+        "SIGUSR2": 140,  # LSF, SGE -notify
+        "SIGQUIT": 131,  # Ctrl-\, and torchrun passes it on
+        "SIGXCPU+SIGXCPU": 152,  # a limit of CPU time: every second
+        "SIGUSR1+SIGTERM": 138,  # SLURM's warning, and its end a minute later: both are the first
+        "nohup": 0,
+    }
+    data = write_images(tmp_path / "images", train=16)
+    script = REPOSITORY / "tests" / "signalled_run.py"
+    done = subprocess.run(
+        [sys.executable, script, ",".join(codes), "dataset=folder", f"data_dir={data}", "epochs=4",
+         "image_size=8", "batch_size=8", "hidden_dim=8", "projection_dim=8", "knn_interval=0",
+         "device=cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.split(":")[0] in codes]
+    assert said == [f"{name}: {code}" for name, code in codes.items()], done.stderr
+    for name in codes:
+        if name != "nohup":
+            assert f"stopped by {name.split('+')[0]} in epoch" in done.stderr
+    assert done.stderr.count("the state is saved: the same command resumes the run") == 6
+    assert done.stdout.count("resumes from") == 6 and "Traceback" not in done.stderr
+
+
+def test_stopped_crosses_processes_and_is_not_caught_as_a_mistake():
+    """As in Hydra's sweeps, whose jobs' exceptions are caught, and by joblib pickled."""
+    stopped = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM, " in epoch 2")))
+    assert describe(stopped) == ("stopped by SIGTERM in epoch 2", 143)
+    assert not isinstance(stopped, Exception)
 
 
 def test_a_second_signal_ends_the_process_at_once_and_the_state_is_whole(tmp_path):

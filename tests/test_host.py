@@ -185,8 +185,8 @@ def test_predictions_and_pictures_from_host_memory(thin, toy, trained, tmp_path,
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 9
     assert sizes.count(1) == 1  # of the 9 images, in batches of 8; there are 24 training images
     del sizes[:]
-    drawn = [name for name, _ in plot.pictures_of_checkpoint(trained, cfg)]
-    assert drawn[-1] == "neighbours" and sizes
+    data = plot.represent(trained, cfg)
+    assert plot.embedding(data) and plot.neighbours(data, 8) and sizes
 
 
 @gpu

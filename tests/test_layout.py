@@ -95,6 +95,7 @@ def test_commands_and_the_training_loop_are_short():
 
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 EVERYWHERE = {"SIGINT", "SIGTERM", "SIGABRT", "SIGFPE", "SIGILL", "SIGSEGV"}  # signals of Windows
+EVERYWHERE |= {"SIG_DFL", "SIG_IGN"}
 
 
 @pytest.mark.parametrize("name", MODULES)

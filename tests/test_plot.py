@@ -1,22 +1,34 @@
 """The pictures: that they show what they say, of a toy run and of made-up values."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import xml.etree.ElementTree
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import REPOSITORY, make_images, thin_resnet, toy_config
 from matplotlib import colors, pyplot
+from matplotlib.text import Text
 from omegaconf import OmegaConf
 from PIL import Image
 
 import plot
+import simclr
 import simclr_lin
+from evaluation import figures
 from evaluation.features import clean_features
+from evaluation.runs import noted
 from images.datasets import Split, draw_stratified, load_split
+from models import BACKBONES
 from simclr import start_training
-from system.checkpoint import load_encoder
+from system.checkpoint import load_checkpoint, load_encoder
 from system.device import select_precision
+from system.errors import UserError
 
 
 @pytest.fixture
@@ -40,7 +52,9 @@ def run(thin, trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-NAMES = {"views", "curves", "embedding", "neighbours", "confusion"}
+WEIGHTS = "simclr_resnet18_epoch2.pt"
+REPRESENTED = ["embedding", "neighbours"]
+NAMES = {"views", "curves", "confusion", *REPRESENTED}
 
 
 def test_one_run_gives_every_picture_as_png_and_svg(draw, run, toy):
@@ -55,16 +69,14 @@ def test_one_run_gives_every_picture_as_png_and_svg(draw, run, toy):
     assert not list(run.glob("*.tmp"))
 
 
-def test_what_is_missing_for_a_picture_is_said_and_the_others_are_drawn(run, capsys):
-    assert [name for name, _ in plot.pictures([run], [])] == [
-        "curves", "views", "embedding", "neighbours",
-    ]  # fmt: skip
-    said = capsys.readouterr().out
-    assert "no linear evaluation" in said and "no checkpoint" not in said
+def test_what_is_missing_for_a_picture_is_said_and_the_others_are_drawn(run, draw):
+    said = draw(run).splitlines()
+    assert said[:-1] == [f"{run}/{name}.png" for name in ("curves", "views", *REPRESENTED)]
+    assert said[-1].startswith(f"not drawn: confusion: no linear evaluation in {run} yet")
     (run / "simclr_resnet18_epoch2.pt").unlink()
-    assert [name for name, _ in plot.pictures([run], [])] == ["curves", "views"]
-    assert f"no checkpoint in {run} yet" in capsys.readouterr().out
-    pyplot.close("all")
+    said = draw(run).splitlines()
+    assert said[:2] == [f"{run}/{name}.png" for name in ("curves", "views")]
+    assert f"not drawn: embedding, neighbours: no checkpoint of resnet18 in {run}" in said[-1]
 
 
 def test_views_need_no_run(draw, toy, tmp_path):
@@ -87,8 +99,318 @@ def test_mistakes_are_one_line(draw, tmp_path, run):
         found, line = draw(*arguments, "--out", tmp_path)
         assert (found, line.count("\n")) == (code, 1) and message in line, line
     assert "is not a run directory" in draw(run / "simclr_resnet18_epoch2.pt")[1]
-    (run / "metrics.jsonl").unlink()
-    assert "has no epoch to show: metrics.jsonl" in draw(run)[1]
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """A copy of the toy run with results.json. Only to be read."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run")
+    data = make_images(tmp_path_factory.mktemp("data"), train=8, test=3)
+    cfg = toy_config(data, peak="finetune_learning_rate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "resnet18", thin_resnet)
+        simclr_lin.evaluate(cfg, run / WEIGHTS, run)
+    return run
+
+
+def write(name, content):
+    """What writes `content` to a file of the run."""
+    return lambda run: (run / name).write_bytes(content)
+
+
+def scaled(weight, bias):
+    """What makes the last batch norm of the checkpoint multiply by `weight` and add `bias`."""
+
+    def change(run):
+        saved = load_checkpoint(run / WEIGHTS)
+        last = "enc.layer2.0.bn2."
+        saved["model"][last + "weight"].fill_(weight)
+        saved["model"][last + "bias"].fill_(bias)
+        saved["model"]["enc.layer2.0.downsample.1.weight"].fill_(0)
+        saved["model"]["enc.layer2.0.downsample.1.bias"].fill_(0)
+        torch.save(saved, run / WEIGHTS)
+
+    return change
+
+
+def of_another_run(run):
+    results = json.loads((run / "results.json").read_text())
+    results["config"]["temperature"] = 0.9
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def with_results(**values):
+    def change(run):
+        results = {**json.loads((run / "results.json").read_text()), **values}
+        (run / "results.json").write_text(json.dumps(results))
+
+    return change
+
+
+NO_CURVES = [
+    (lambda run: (run / "metrics.jsonl").unlink(), "No such file"),
+    (write("metrics.jsonl", b""), "has no epoch to show"),
+    (
+        write("metrics.jsonl", b'{"epoch": 1\n{}\n'),
+        "metrics.jsonl, line 1 is damaged or of another",
+    ),
+    (write("metrics.jsonl", b"[1]\n"), "line 1 is damaged or of another program (no keys"),
+    (write("metrics.jsonl", b'{"epoch": 1}\n{"loss": 1}\n'), "line 2: must hold an epoch and numb"),
+    (write("metrics.jsonl", b'{"epoch": 1, "loss": "a"}\n'), "line 1: must hold an epoch"),
+    (write("metrics.jsonl", b'{"epoch": 1, "loss": 1%s}\n' % (b"0" * 400)), "must hold an epoch"),
+    (write("metrics.jsonl", '{"epoch": 1}\n'.encode("utf-16")), "can't decode"),
+]
+NO_CONFUSION = [
+    (lambda run: (run / "results.json").unlink(), "no linear evaluation in"),
+    (write("results.json", b'{"linear_acc": 0.1, '), "results.json is damaged or of another progr"),
+    (write("results.json", b'{"knn_acc": 1}'), "results.json is not of simclr_lin.py"),
+    (write("results.json", b'{"a": 1, "a": 2}'), "a key twice"),
+    (write("results.json", b"[" * 99999), "recursion"),
+    (of_another_run, "is of a run with temperature 0.9, not temperature 0.5: evaluate this one"),
+    (with_results(config=3), "config is not what simclr_lin.py writes"),
+    (with_results(confusion=[[1]]), "must be 3 rows of 3 counts"),
+    (with_results(confusion=[[1], 2]), "results.json is not of simclr_lin.py"),
+    (with_results(linear_acc=None), "results.json is not of simclr_lin.py"),
+]
+NO_FEATURES = [
+    (scaled(0, 1), "representations are all the same: a collapsed or damaged checkpoint"),
+    (scaled(0, 0), "representations are zero"),
+    (scaled(torch.nan, 0), "representations are not finite"),
+    (scaled(torch.inf, 0), "representations are not finite"),
+    (write(WEIGHTS, b"PK"), "is damaged or no checkpoint"),
+    (lambda run: (run / WEIGHTS).unlink(), "no checkpoint of resnet18"),
+]
+
+
+@pytest.mark.parametrize(
+    "damages",
+    [
+        {("curves",): NO_CURVES[2], tuple(REPRESENTED): NO_FEATURES[0]},
+        {("curves",): NO_CURVES[0], ("confusion",): NO_CONFUSION[1]},
+        {("confusion",): NO_CONFUSION[5], tuple(REPRESENTED): NO_FEATURES[4]},
+    ],
+)
+def test_a_picture_that_fails_takes_no_other_down(draw, thin, evaluated, tmp_path, damages):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    for damage, _ in damages.values():
+        damage(run)
+    said = draw(run)
+    assert isinstance(said, str), said
+    drawn = NAMES - {name for names in damages for name in names}
+    for suffix in ("png", "svg"):
+        assert {path.stem for path in run.glob(f"*.{suffix}")} == drawn
+    lines = [line for line in said.splitlines() if not line.endswith(".png")]
+    for line, (names, (_, reason)) in zip(lines, damages.items(), strict=True):
+        assert line.startswith(f"not drawn: {', '.join(names)}: ") and reason in line
+
+
+@pytest.mark.parametrize(
+    ("picture", "damage", "reason"),
+    [
+        *(("curves", *case) for case in NO_CURVES),
+        *(("confusion", *case) for case in NO_CONFUSION),
+        *((name, *case) for name in REPRESENTED for case in NO_FEATURES),
+    ],
+)
+def test_each_reason_is_one_sentence(thin, evaluated, tmp_path, picture, damage, reason):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    damage(run)
+    failed = []
+    for name, function in plot.pictures([run], [], failed):
+        if name == picture:
+            with noted(failed, name):
+                function()
+    [(name, error)] = failed
+    assert name == picture and reason in str(error)
+
+
+def test_without_its_data_a_run_has_curves_and_confusion(draw, thin, evaluated, tmp_path):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    *paths, line = draw(run, "data_dir=nowhere").splitlines()
+    assert paths == [f"{run}/curves.png", f"{run}/confusion.png"]
+    assert line.startswith("not drawn: views, embedding, neighbours: nowhere/train cannot be read")
+
+
+def test_what_the_machine_cannot_do_for_one_picture_it_may_for_another(draw, run, monkeypatch):
+    for error in (MemoryError("a"), PermissionError(13, "a"), torch.OutOfMemoryError("CUDA: a")):
+        monkeypatch.setattr(plot, "represent", Mock(side_effect=error))
+        said = draw(run, "data_dir=nowhere").splitlines()
+        assert said[0] == f"{run}/curves.png"
+        assert said[-1] == f"not drawn: embedding, neighbours: {type(error).__name__}: {error}"
+    monkeypatch.setattr(plot, "represent", Mock(side_effect=ZeroDivisionError))  # a bug of ours
+    with pytest.raises(ZeroDivisionError):
+        draw(run, "data_dir=nowhere")
+
+
+def test_where_a_checkpoint_from_elsewhere_was_evaluated_is_drawn_from_it(
+    draw, thin, evaluated, tmp_path
+):
+    """hydra.run.dir of an evaluation: it has results.json and no config.yaml."""
+    run = tmp_path / "only"
+    run.mkdir()
+    shutil.copy(evaluated / "results.json", run)
+    *paths, line = draw(run).splitlines()
+    assert {Path(path).stem for path in paths} == NAMES - {"curves"}
+    assert line.startswith(f"not drawn: curves: {run} has no epoch to show: metrics.jsonl")
+    with_results(checkpoint="gone.pt")(run)
+    line = draw(run, "data_dir=nowhere").splitlines()[-1]
+    assert line.startswith("not drawn: embedding, neighbours: no checkpoint gone.pt")
+    with_results(config={"a": 1})(run)
+    code, line = draw(run)
+    assert code == 2 and line.startswith(f"error: {run}/results.json is not of simclr.py: it has n")
+
+
+BROKEN = [
+    ("seed: 1\n\tepochs: 2\n", "line 2: "),
+    ("epochs: 2\nepochs: 3\n", "epochs"),
+    ("epochs: é\n".encode("latin-1"), "line 1: byte 0xe9 is not UTF-8"),
+    ("epochs: 2\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+    ("- 1\n", "must hold lines of the form key: value"),
+    ("", "is not of simclr.py: it has no epochs, backbone"),
+    ("model: vit\nlr: 0.1\n", "is not of simclr.py: it has no epochs, backbone"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BROKEN)
+def test_a_broken_config_is_one_line_and_takes_no_other_run_down(
+    draw, run, tmp_path, content, reason
+):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(run / "metrics.jsonl", broken)
+    content = content if isinstance(content, bytes) else content.encode()
+    (broken / "config.yaml").write_bytes(content)
+    code, error = draw(broken)
+    assert code == 2 and error.startswith(f"error: {broken}/config.yaml") and reason in error
+    assert error.count("\n") == 1
+    failed = []
+    [(name, _)] = plot.pictures([run, broken], [], failed)
+    assert name == "curves" and reason in str(failed[0][1])
+
+
+def test_a_value_in_a_config_that_is_not_allowed_names_the_run(draw, run):
+    text = (run / "config.yaml").read_text()
+    for new in ("many", "???", "${nosuch}", "[1]"):
+        (run / "config.yaml").write_text(text.replace("\nepochs: 2", f"\nepochs: {new}"))
+        code, error = draw(run)
+        assert code == 2 and f"error: the config of {run}: epochs" in error, error
+
+
+NASTY = [
+    "$x$", r"$\frac{$", "_leading", "back\\slash", "%s {0} {}", "two\nlines", "n" * 200,
+    os.fsdecode(b"caf\xe9"), "猫が好き", "tab\tand\x1bescape", "a|b", "x_{1}^2 & #",
+]  # fmt: skip
+
+
+def texts(figure):
+    """What a figure says, and that none of it would be read as markup."""
+    found = figure.findobj(Text)
+    assert not any(text.get_parse_math() or text.get_usetex() for text in found)
+    return [text.get_text() for text in found]
+
+
+ENVIRONMENTS = [
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MPLCONFIGDIR": "file"},
+    {"MPLBACKEND": "module://nosuch", "MATPLOTLIBRC": "rc/matplotlibrc"},
+    {"MPLBACKEND": "TkAgg", "MATPLOTLIBRC": "markup", "DISPLAY": ""},
+    {"MPLBACKEND": "", "MATPLOTLIBRC": "", "MPLCONFIGDIR": ""},
+]
+FORKS = """
+import os, runpy, sys
+import evaluation.features, hydra, sklearn.manifold
+assert "matplotlib" not in sys.modules
+sys.argv = ["plot.py", "run", "data_dir=nowhere", "--out", "out"]
+for place, environment in [(".", e) for e in {}] + [("rc", {{}})]:
+    if (child := os.fork()) == 0:
+        os.chdir(place)
+        os.environ.update(environment)
+        try:
+            runpy.run_path({!r}, run_name="__main__")
+        except SystemExit as end:
+            print(end)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, environment
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="one start for all environments")
+def test_what_the_environment_says_to_matplotlib_is_ignored(run, tmp_path):
+    """Each in a process of its own: matplotlib reads it while it is imported."""
+    (tmp_path / "file").touch()
+    (tmp_path / "rc").mkdir()
+    (tmp_path / "rc" / "matplotlibrc").write_bytes(b"\xff: 1\n")
+    (tmp_path / "markup").write_text(
+        "text.usetex: True\nfigure.figsize: 1, 1\nno key\nfont.size: a"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS.format(ENVIRONMENTS, str(REPOSITORY / "plot.py"))],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    *lines, refused = done.stdout.splitlines()
+    paths = [line for line in lines if not line.startswith("not drawn: ")]
+    assert paths == len(ENVIRONMENTS) * ["out/curves.png"]
+    assert refused.startswith("error: matplotlib cannot be imported ('utf-8' codec can't decode")
+    with Image.open(tmp_path / "out" / "curves.png") as image:
+        assert image.width > 900  # not one inch
+    assert "<dc:date>" not in (tmp_path / "out" / "curves.svg").read_text()  # SOURCE_DATE_EPOCH
+
+
+@pytest.fixture
+def figure_of(monkeypatch):
+    """The figures that plot.py has saved, by name."""
+    saved, save = {}, plot.save
+    monkeypatch.setattr(
+        plot, "save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path)
+    )
+    return saved
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_classes_are_drawn_as_they_are(draw, thin, tmp_path, figure_of):
+    data = tmp_path / "images"
+    for split, n in (("train", 4), ("test", 2)):
+        make_images(data, classes=len(NASTY), **{split: n})
+        for label, name in enumerate(NASTY):
+            (data / split / f"class{label}").rename(data / split / name)
+    run = tmp_path / "run $a$ _b"
+    run.mkdir()
+    cfg = toy_config("nowhere", "epochs=1", peak="finetune_learning_rate")
+    cfg.data_dir = str(data)
+    simclr.pretrain(cfg, run)
+    simclr_lin.evaluate(cfg, run / WEIGHTS.replace("2", "1"), run)
+    said = draw(run)
+    assert said.endswith("drawn as boxes, for no installed font has them: がき好猫\n")
+    names = [name.translate(dict.fromkeys(map(ord, "\n\t\x1b\udce9"), "�")) for name in NASTY]
+    for picture, letters in (("embedding", 8), ("confusion", 10)):
+        names[6] = "n" * letters + "…" + "n" * (letters - 1)
+        assert set(names) <= {*texts(figure_of[picture])}
+    beside = {axis.get_ylabel() for axis in figure_of["neighbours"].axes} - {""}
+    assert len(beside) == 10 and beside <= {*names} and texts(figure_of["neighbours"])
+    for name in NAMES:
+        xml.etree.ElementTree.parse(run / f"{name}.svg")
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_and_settings_of_runs_are_drawn_as_they_are(
+    draw, run, tmp_path, monkeypatch, figure_of
+):
+    runs = []
+    monkeypatch.chdir(tmp_path)
+    for name in ("$x$", "_leading", "{a} %s", os.fsdecode(b"\xe9"), "n" * 200):
+        runs.append(Path(name))
+        shutil.copytree(run, name)
+    assert "curves.png" in draw(*runs, "--out", "curves")
+    expected = {"$x$", "_leading", "{a} %s", "�", "n" * 32 + "…" + "n" * 31}
+    assert {text.get_text() for text in figure_of["curves"].legends[0].get_texts()} == expected
+    for n, name in enumerate(runs):
+        config = OmegaConf.load(name / "config.yaml")
+        OmegaConf.save({**config, "init": f"$_{n}$"}, name / "config.yaml")
+    assert "curves.png" in draw(*runs, "--out", "curves")
+    assert {f"init $_{n}$" for n in range(5)} <= {*texts(figure_of["curves"])}
+    xml.etree.ElementTree.parse("curves/curves.svg")
 
 
 def test_a_key_may_be_given_for_a_run_and_an_older_config_be_shorter(toy, tmp_path):
@@ -112,7 +434,7 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
           "knn_acc": e / 20 if e == 2 else None} for e in (1, 2)]  # fmt: skip
     b = [{**line, "loss": 6, "knn_acc": None} for line in a]
     one, other = toy("temperature=0.1", "workers=3", "finetune_epochs=7"), toy("seed=7")
-    figure = plot.plot_curves({"one": (one, a), "other": (other, b)})
+    figure = plot.curves({"one": one, "other": other}, {"one": a, "other": b})
     loss, contrastive, rate, knn = figure.axes
     assert lines_of(loss) == [([1, 2], [4, 3]), ([1, 2], [6, 6])]
     assert lines_of(contrastive)[0] == ([1, 2], [10, 20])
@@ -124,9 +446,10 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
     }  # fmt: skip
     assert all(axis.get_title() and axis.get_ylabel() for axis in figure.axes)
     old = [{"epoch": 1, "loss": 3.0, "contrastive_accuracy": 0.1, "learning_rate": 0.1}]
-    figure = plot.plot_curves({"logs/a": (toy(), a), "logs/b": (toy(), old)})  # before kNN
+    same = {"logs/a": toy(), "logs/b": toy()}
+    figure = plot.curves(same, {"logs/a": a, "logs/b": old})  # before kNN
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["logs/a", "logs/b"]
-    assert not plot.plot_curves({"one": (toy(), a)}).legends
+    assert not plot.curves(same, {"logs/a": a}).legends
     pyplot.close("all")
 
 
@@ -136,6 +459,10 @@ def test_several_runs_share_one_picture(draw, run, tmp_path):
     OmegaConf.save({**config, "temperature": 0.9}, other / "config.yaml")
     assert draw(run, other, "--out", tmp_path / "both").splitlines() == [
         str(tmp_path / "both" / "curves.png")
+    ]
+    (tmp_path / "none").mkdir()
+    assert draw(run, tmp_path / "none", other, "--out", tmp_path / "both").splitlines()[1:] == [
+        f"not drawn: {tmp_path}/none is not a run directory: it has no config.yaml, no results.json"
     ]
     svg = (tmp_path / "both" / "curves.svg").read_text()
     assert "temperature 0.5" in svg and "temperature 0.9" in svg
@@ -176,7 +503,7 @@ def test_neighbours_are_the_nearest_by_cosine_with_frames_of_their_class():
         colors.to_hex(axis.spines["top"].get_edgecolor()) if axis.spines["top"].get_visible() else 0
         for axis in figure.axes
     ]
-    right, wrong = plot.RIGHT, plot.WRONG
+    right, wrong = figures.RIGHT, figures.WRONG
     assert frames == [0, right, right, wrong, 0, right, right, wrong]
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", "", "dog", "", "", "", "cat"]
     assert [figure.axes[i].get_ylabel() for i in (0, 4)] == ["cat", "dog"]
@@ -212,7 +539,7 @@ def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monk
         plot, "plot_embedding", lambda *args: drawn.append(args) or embedding(*args)
     )
     cfg = plot.read_config(run, [])
-    dict(plot.pictures_of_checkpoint(run, cfg))
+    plot.embedding(plot.represent(run, cfg))
     [(panels, labels, _)] = drawn
     assert list(panels) == ["untrained network", "after 2 epochs"]
     before = start_training(cfg, torch.device("cpu"), 2).model.enc.eval()
@@ -227,6 +554,55 @@ def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monk
     first, last = panels.values()
     assert (first - last).abs().max() > 0.05
     pyplot.close("all")
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_images_and_classes_are_drawn_or_the_reason_said(tmp_path):
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    h, classes = torch.randn(40, 8), [f"class {n}" for n in range(30)]
+    for label in (torch.arange(40) % 25, torch.arange(40) % 3 * 2, torch.zeros(40).long()):
+        split = Split(images, label, classes)
+        figure = plot.plot_neighbours(split, h, split, h + 1, 8)
+        assert len(figure.axes) == 9 * min(10, len(label.unique()))
+        figures.save(
+            plot.plot_embedding({"h": h, "g": h}, label, classes[:20]), tmp_path / "embedding"
+        )
+    one, two = (Split(images[:n], torch.arange(n), classes) for n in (1, 2))
+    assert len(plot.plot_neighbours(one, h[:1], two, h[1:3], 8).axes) == 2 * 2
+    with pytest.raises(UserError, match="needs four test images or more, there are 3"):
+        plot.plot_embedding({"h": h[:3]}, label[:3], classes)
+    results = {"training_images": 5, "linear_acc": 0.5, "classes": classes}
+    counts = torch.eye(30).long()
+    counts[3] = 0  # no test image
+    figure = plot.plot_confusion({**results, "confusion": counts.tolist()})
+    assert figure.axes[0].images[0].get_array().sum() == 29 * 100
+    results = {**results, "classes": ["a", "b"], "confusion": [[0, 0], [1, 1]]}
+    assert [text.get_text() for text in plot.plot_confusion(results).axes[0].texts] == [
+        "0", "0", "50", "50",
+    ]  # fmt: skip
+    pyplot.close("all")
+
+
+def test_two_points_many_times_and_large_values_do_not_end_t_sne():
+    label, two = torch.arange(400) % 2, torch.eye(8)[torch.arange(400) % 2]
+    h = {"two": two, "large": 1e30 * torch.randn(400, 8), "nearly one": 1 + 1e-5 * two}
+    points = [axis.collections for axis in plot.plot_embedding(h, label, ["a", "b"]).axes]
+    assert all(torch.from_numpy(c.get_offsets().data).isfinite().all() for p in points for c in p)
+    for same in (torch.ones(9, 8), torch.arange(1, 10)[:, None] * torch.ones(8)):
+        with pytest.raises(UserError, match="all the same"):
+            plot.plot_embedding({"h": same}, label[:9], ["a", "b"])
+    pyplot.close("all")
+
+
+def test_letters_that_the_font_lacks_are_taken_from_another(tmp_path):
+    """Of the fonts that matplotlib brings, STIX has a letter that DejaVu Sans lacks."""
+    fonts = [figures.font_manager.get_font(figures.font_manager.findfont(name)).get_charmap()
+             for name in ("DejaVu Sans", "STIXGeneral")]  # fmt: skip
+    letter = chr(max(fonts[1].keys() - fonts[0].keys()))
+    figure = pyplot.figure()
+    text = figure.text(0, 0, f"a{letter}")
+    assert figures.save(figure, tmp_path / "a") == set()
+    assert text.get_fontfamily()[0] == "DejaVu Sans" and len(text.get_fontfamily()) == 2
 
 
 def test_confusion_is_in_shares_of_the_true_class(tmp_path):

@@ -116,8 +116,8 @@ def test_plot_draws_views_and_curves_and_says_what_the_others_need(run, write, s
         loose: "(0.png, 1.png, 2.png and 5 more): labels are needed, each image in data_dir/t",
         one_class: "images/test cannot be read (No such file or directory): dataset=folder n",
     }
-    assert len(lines) == 2 and lines[0].startswith("neither embedding nor neighbours: ")
-    assert needs[write] in lines[0] and "no confusion" in lines[1]
+    assert len(lines) == 2 and lines[0].startswith("not drawn: confusion: ")
+    assert lines[1].startswith("not drawn: embedding, neighbours: ") and needs[write] in lines[1]
 
 
 @KINDS

@@ -5,6 +5,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from system.errors import UserError
-from system.files import write_file
+from system.files import parse_json, write_file
 
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
@@ -79,12 +80,24 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
-    """Read metrics.jsonl of a run directory, a dict per epoch. Raises UserError without one."""
+    """Read metrics.jsonl of a run directory, a dict per epoch.
+
+    Raises UserError if there is none, or it is damaged or of another program.
+    """
+    path = run / "metrics.jsonl"
     try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = path.read_bytes().split(b"\n")[:-1]  # the last: cut, or empty
     except OSError as error:
         raise UserError(f"{run} has no epoch to show: metrics.jsonl, {error.strerror}") from None
-    return [json.loads(line) for line in text.split("\n")[:-1]]  # the last: cut, or empty
+    history = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+    for n, line in enumerate(history, 1):
+        if not (isinstance(line.get("epoch"), int) and all(map(_is_number, line.values()))):
+            raise UserError(f"{path}, line {n}: must hold an epoch and numbers; remove the file")
+    return history
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not abs(value) > 1e300)
 
 
 def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None:
