@@ -171,7 +171,8 @@ register_config()
 def main(cfg: DictConfig) -> None:
     """Check the config, find the checkpoint in Hydra's run directory and evaluate it."""
     if is_distributed():
-        raise ConfigError("simclr_lin.py runs in one process: start it with python")
+        reason = "start it with python, or env -u WORLD_SIZE python where a job script has set that"
+        raise ConfigError(f"simclr_lin.py runs in one process: {reason}")
     cfg, out_dir = check_config(cfg, peak="finetune_learning_rate"), run_directory()
     overrides = HydraConfig.get().overrides.task
     given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)

@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 import simclr
 import simclr_lin
 from models import SimCLR
+from system import environment, errors
 from system.errors import ConfigError, Stopped, StopSignals, UserError
 from training import distributed
 
@@ -294,16 +295,17 @@ def test_a_signal_to_another_process_stops_this_one_too():
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    here = environment.Launch(world_size=4, rank=2, local_rank=2)
+    monkeypatch.setattr(distributed, "launch", lambda: here)
+    monkeypatch.setattr(errors, "rank", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refused = pytest.raises(UserError, match=r"local rank 2 has no GPU .*at most 2")
     with refused, distributed.process_group(CUDA):
         pass
 
 
-def test_the_evaluation_is_refused_under_torchrun(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as end:
+def test_the_evaluation_is_refused_under_torchrun(monkeypatch):
+    here = environment.Launch(world_size=2)
+    monkeypatch.setattr(distributed, "launch", lambda: here)
+    with pytest.raises(ConfigError, match="start it with python, or env -u WORLD_SIZE python"):
         simclr_lin.main.__wrapped__(None)
-    assert end.value.code == 2 and "start it with python" in capsys.readouterr().err

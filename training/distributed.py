@@ -105,9 +105,7 @@ def _join(here: Launch) -> dist.Store:
     waits = f"rank {here.rank} of {here.world_size} waits for the others at {here.host}:{here.port}"
     while True:
         try:
-            launcher = launcher or _tcp_store(
-                here.host, here.port, here.rank == 0 and not here.served
-            )
+            launcher = launcher or _tcp_store(here.host, here.port, here.serves)
             if store is None and here.rank == 0:
                 store = _tcp_store(here.host, 0, serves=True)
                 launcher.set(key, str(store.port))
