@@ -170,14 +170,15 @@ class CheckConfig(Callback):
                 check_config(config, peak)
             try:  # before Hydra does, with a traceback
                 run_dir = Path(config.hydra.run.dir)
+                str(run_dir).encode()  # TensorBoard takes nothing but UTF-8
                 run_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"{run_dir} cannot be made ({error.strerror}): choose another run directory "
-                    "with hydra.run.dir=PATH"
-                ) from None
             except OmegaConfBaseException as error:
                 raise ConfigError(f"hydra.run.dir: {str(error).splitlines()[0]}") from None
+            except (OSError, UnicodeError) as error:
+                raise UserError(
+                    f"{run_dir} cannot be made ({getattr(error, 'strerror', 'it is not UTF-8')}): "
+                    "choose another run directory with hydra.run.dir=PATH"
+                ) from None
 
 
 def check_values(cfg: DictConfig) -> DictConfig:

@@ -136,7 +136,10 @@ def make_task(
 ) -> EvaluationTask:
     """The input of the protocols for one encoder and one seed."""
     if len(train.classes) < 2:
-        raise UserError(f"there is one class, {train.classes[0]}: a classifier needs two or more")
+        raise UserError(
+            f"there is one class, {train.classes[0]}: a classifier needs two or more; name "
+            "labelled images with dataset= and data_dir=, beside checkpoint=PATH"
+        )
     if cfg.labels is not None:
         index = draw_stratified(train.labels, cfg.labels, seed)
         train = Split(take(train.images, index), train.labels[index], train.classes)

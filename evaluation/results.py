@@ -175,7 +175,7 @@ def write_results(
         (".json", json.dumps(results, indent=2) + "\n"),
         (".md", text + table(rows, settings=True) + "\n"),
     ):
-        write_file(out_dir / (name + suffix), content.encode())
+        write_file(out_dir / (name + suffix), content.encode(errors="replace"))
     return results
 
 

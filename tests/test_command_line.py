@@ -1,6 +1,7 @@
 """The YAML and the command line: a broken file is one line, and a path works as it is typed."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -94,6 +95,22 @@ def test_a_path_works_as_it_is_typed(thin, write_images, tmp_path, call, name):
     assert code == 0 and (folder / f"run {name}" / "predictions.csv").is_file(), error
     code, error = call("plot.py", *data, "--out", "pictures")
     assert code == 0 and Path("pictures/views.png").is_file(), error
+
+
+def test_names_that_are_not_utf8(thin, write_images, tmp_path, call):
+    name = os.fsdecode(b"Bild\xff")
+    write_images(tmp_path / name, train=8, test=3)
+    data = [*FOLDER[:1], f"data_dir={name}", *FOLDER[2:]]
+    train = [*data, *TRAIN[len(FOLDER) :]]
+    code, error = call(PRETRAIN, *train, f"hydra.run.dir={name}/run")
+    assert code == 1 and "cannot be made (it is not UTF-8): choose another" in error
+    assert not (tmp_path / name / "run").exists()
+    code, error = call(PRETRAIN, *train, "hydra.run.dir=run")
+    assert code == 0, error
+    shutil.move("run/simclr_resnet18_epoch1.pt", f"{name}.pt")
+    code, error = call(LIN, *data, f"checkpoint={name}.pt", "protocols=[knn]")
+    assert code == 0 and next(Path("logs").rglob("results.md")).is_file(), error
+    assert call("compare.py", "run")[0] == 0 and call("plot.py", "run")[0] == 0
 
 
 def test_several_paths_are_a_sweep_only_where_one_is_asked_for():
