@@ -14,12 +14,12 @@ from typing import Any
 
 from config import MAY_CHANGE
 from evaluation.results import markdown
-from evaluation.runs import noted, run_config, run_results
+from evaluation.runs import Failed, noted, run_config, run_results
 from system.errors import UserError, one_line_errors
 from training.metrics import read_metrics
 
 
-def read_runs(runs: list[Path], failed: list[tuple[str, UserError]]) -> list[dict[str, Any]]:
+def read_runs(runs: list[Path], failed: Failed) -> list[dict[str, Any]]:
     """Config, last metrics and results of each run directory in one dict.
 
     A run with a damaged config or metrics is left out, results that are damaged or of another run
@@ -27,11 +27,10 @@ def read_runs(runs: list[Path], failed: list[tuple[str, UserError]]) -> list[dic
     """
     found = []
     for run in runs:
-        with noted(failed):
-            lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-            last = lines[-1] if lines else {"epoch": 0}  # in its first epoch
+        with noted(failed, str(run)):
+            last = (read_metrics(run) or [{"epoch": 0}])[-1]
             found.append({"run": run, "config": run_config(run), **last, "results": {}})
-            with noted(failed):
+            with noted(failed, str(run)):
                 found[-1]["results"] = run_results(run, MAY_CHANGE)
     return found
 
@@ -64,20 +63,19 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     args = parser.parse_args()
-    directories = [run for run in args.runs if run.is_dir()]  # Hydra leaves a file beside them
-    runs = [run for run in directories if (run / "config.yaml").is_file()] or directories
-    for run in set(directories) - set(runs):
-        print(f"left out {run}, which has no config.yaml", file=sys.stderr)
+    runs = [run for run in args.runs if (run / "config.yaml").is_file()]
+    for run in args.runs:
+        if run.is_dir() and run not in runs:  # Hydra leaves a file beside them
+            print(f"left out {run}, which has no config.yaml", file=sys.stderr)
     if not runs:
         raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")
-    failed: list[tuple[str, UserError]] = []
+    failed: Failed = {}
     if found := read_runs(runs, failed):
         print(compare(found))
-    errors = sorted((error for _, error in failed), key=lambda error: error.exit_code)
-    for error in errors[:-1]:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    if errors:
-        raise errors[-1]
+    for line, _ in failed:
+        print(f"error: {line}", file=sys.stderr)
+    if failed:
+        sys.exit(max(code for _, code in failed))
 
 
 if __name__ == "__main__":

@@ -16,77 +16,53 @@ named with the reason; the exit code is 0 if a picture was drawn.
 
 import system.environment  # noqa: F401, first
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from hydra import compose, initialize
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from config import MAY_CHANGE, RULES, check_values, register_config
+from evaluation import figures
 from evaluation.features import build_encoder, clean_features
-from evaluation.figures import (
-    Figure,
-    plot_confusion,
-    plot_curves,
-    plot_embedding,
-    plot_neighbours,
-    plot_views,
-    save,
-)
-from evaluation.runs import noted, run_config, run_results
-from images.datasets import Split, draw_stratified, load_split
-from images.host import Images, take
-from system.checkpoint import find_checkpoint, load_checkpoint
+from evaluation.runs import Failed, noted, run_config, run_results
+from images.datasets import draw_stratified, load_split
+from images.host import take
+from system.checkpoint import find_checkpoint, load_checkpoint, named_checkpoint
 from system.commandline import quote_path, refusals
 from system.device import select_device, select_precision
 from system.errors import ConfigError, UserError, one_line_errors
 from training.metrics import read_metrics
 
 EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no different
-Failed = list[tuple[str, UserError]]
 
 
-def views(cfg: DictConfig) -> Figure:
+def views(cfg: DictConfig) -> figures.Figure:
     """Random views of images of the pretraining split."""
     split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
-    return plot_views(cfg, split.images)
+    return figures.plot_views(cfg, split.images)
 
 
-def curves(
-    configs: dict[Path, DictConfig], metrics: dict[Path, list[dict[str, float | None]]]
-) -> Figure:
-    """Training curves of the runs in `metrics`, named by the settings that differ, or by path."""
-    first, *others = (configs[run] for run in metrics)
+def curves(runs: dict[Path, tuple[DictConfig, list[dict[str, float | None]]]]) -> figures.Figure:
+    """Curves of runs (config, metrics), each named by the settings that differ, or by its path."""
+    first, *others = (cfg for cfg, _ in runs.values())
     differing = [k for k in first if k not in MAY_CHANGE and any(c[k] != first[k] for c in others)]
     named = [
-        (", ".join(f"{key} {configs[run][key]}" for key in differing) or str(run), lines)
-        for run, lines in metrics.items()
+        (", ".join(f"{key} {cfg[key]}" for key in differing) or str(run), metrics)
+        for run, (cfg, metrics) in runs.items()
     ]
-    return plot_curves(named)
+    return figures.plot_curves(named)
 
 
-class Represented(NamedTuple):
-    """Labelled images and their representations by a checkpoint."""
-
-    train: Split
-    h: Tensor  # (M, D), of the training images
-    test: Split
-    test_h: Tensor  # (N, D)
-    epoch: int  # of the checkpoint
-    untrained: Callable[[Images], Tensor]  # representations by the same network before training
-
-
-def represent(run: Path, cfg: DictConfig) -> Represented:
-    """Representations by cfg.checkpoint, else the newest of the run.
+def represent(run: Path, cfg: DictConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of `plot_embedding` and `plot_neighbours`, for cfg.checkpoint or the newest.
 
     Raises UserError if the checkpoint or the labelled data is missing or damaged.
     """
     device, size = select_device(cfg.device), cfg.image_size
-    given = cfg.checkpoint and Path(os.path.expanduser(cfg.checkpoint))
+    given = cfg.checkpoint and named_checkpoint(cfg.checkpoint)
     saved = load_checkpoint(path := given or find_checkpoint(run, cfg.backbone, None))
     names = "checkpoint", "random"  # with the run's seed: its initial weights, but with an init
     encoders = [build_encoder(saved, path, name, cfg.seed)[0].to(device).eval() for name in names]
@@ -94,67 +70,42 @@ def represent(run: Path, cfg: DictConfig) -> Represented:
         load_split(cfg.dataset, cfg.data_dir, split, size, cfg.workers).to(device)
         for split in ("train", "test")
     )
-    settings = {"size": size, "batch_size": cfg.batch_size,
-                "dtype": select_precision(cfg.precision, device)}  # fmt: skip
-    after, before = (partial(clean_features, encoder, **settings) for encoder in encoders)
-    return Represented(train, after(train.images), test, after(test.images), saved["epoch"], before)
-
-
-def embedding(data: Represented) -> Figure:
-    """t-SNE of a sample of the test images, before and after pretraining."""
-    labels = data.test.labels
+    inference = size, cfg.batch_size, select_precision(cfg.precision, device)
+    h, test_h = (clean_features(encoders[0], split.images, *inference) for split in (train, test))
+    labels = test.labels
     chosen = draw_stratified(labels, min(EMBEDDED / len(labels), 0.999), seed=0)
-    before = data.untrained(take(data.test.images, chosen))
-    panels = {"untrained network": before, f"after {data.epoch} epochs": data.test_h[chosen]}
-    return plot_embedding(panels, labels[chosen], data.test.classes)
-
-
-def neighbours(data: Represented, size: int) -> Figure:
-    """Test images and their nearest training images."""
-    return plot_neighbours(data.train, data.h, data.test, data.test_h, size)
-
-
-def confusion(run: Path) -> Figure:
-    """The confusion matrix of a run. Raises UserError without one."""
-    results = run_results(run, MAY_CHANGE)
-    if "confusion" not in results:
-        raise UserError(f"no linear evaluation in {run} yet; simclr_lin.py makes it")
-    return plot_confusion(results)
+    before = clean_features(encoders[1], take(test.images, chosen), *inference)
+    panels = {"untrained network": before, f"after {saved['epoch']} epochs": test_h[chosen]}
+    return (panels, labels[chosen], test.classes), (train, h, test, test_h, size)
 
 
 def pictures(
     runs: list[Path], overrides: list[str], failed: Failed
-) -> Iterator[tuple[str, Callable[[], Figure]]]:
+) -> Iterator[tuple[str, Callable[[], figures.Figure]]]:
     """Name and function of each picture, the quick ones first: none needs another.
 
-    A function raises UserError if its picture cannot be drawn; runs that cannot be read are noted
-    in `failed`.
+    A function raises UserError if its picture cannot be drawn. What the curves of a run lack is
+    noted in `failed`; a single run without a config raises UserError.
     """
-    configs, metrics = {}, {}
-    for run in runs or [None]:
-        with noted(failed):
-            configs[run] = read_config(run, overrides)
-            with noted(failed, "curves"):
-                if run is not None:
-                    metrics[run] = read_epochs(run)
-    if metrics:
-        yield "curves", partial(curves, configs, metrics)
-    if len(runs) > 1 or not configs:
+    read = {}
+    for run in runs:
+        with noted(failed, "curves"):
+            cfg, metrics = read_config(run, overrides), read_metrics(run)
+            if not metrics:
+                raise UserError(f"{run} has no epoch to show yet")
+            read[run] = cfg, metrics
+    if read:
+        yield "curves", partial(curves, read)
+    if len(runs) > 1:
         return
-    [(run, cfg)] = configs.items()
+    run = runs[0] if runs else None
+    cfg = read_config(run, overrides)
     yield "views", partial(views, cfg)
     if run is not None:
         data = cache(partial(represent, run, cfg))
-        yield "confusion", partial(confusion, run)
-        yield "embedding", lambda: embedding(data())
-        yield "neighbours", lambda: neighbours(data(), cfg.image_size)
-
-
-def read_epochs(run: Path) -> list[dict[str, float | None]]:
-    """The lines of metrics.jsonl. Raises UserError if there is none yet, and as `read_metrics`."""
-    if not (lines := read_metrics(run)):
-        raise UserError(f"{run} has no epoch to show yet: metrics.jsonl is empty")
-    return lines
+        yield "confusion", lambda: figures.plot_confusion(run_results(run, MAY_CHANGE))
+        yield "embedding", lambda: figures.plot_embedding(*data()[0])
+        yield "neighbours", lambda: figures.plot_neighbours(*data()[1])
 
 
 def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
@@ -181,27 +132,18 @@ def draw(runs: list[Path], overrides: list[str], out: Path) -> None:
 
     Raises UserError if there is no picture.
     """
-    failed: Failed = []
-    drawn, boxes = set(), set()
+    failed: Failed = {}
+    drawn = 0
     for name, picture in pictures(runs, overrides, failed):
         with noted(failed, name):
-            figure = picture()
-            out.mkdir(parents=True, exist_ok=True)
-            boxes |= save(figure, out / name)
-            drawn.add(name)
-        if name in drawn:
+            figures.save(picture(), out / name)
             print(out / f"{name}.png")
-    reasons: dict[str, list[str]] = {}
-    for name, error in failed:
-        reasons.setdefault(" ".join(str(error).split()), []).append(name)
-    said = [f"{', '.join(names)}: {reason}".lstrip(", :") for reason, names in reasons.items()]
+            drawn += 1
+    reasons = [f"{', '.join(names)}: {line}" for (line, _), names in failed.items()]
     if not drawn:
-        worst = max((error for _, error in failed), key=lambda error: error.exit_code)
-        raise type(worst)("; ".join(said))
-    for line in said:
-        print(f"not drawn: {line}")
-    if boxes:
-        print(f"drawn as boxes, for no installed font has them: {''.join(sorted(boxes))}")
+        raise UserError("; ".join(reasons))
+    for reason in reasons:
+        print(f"not drawn: {reason}")
 
 
 @one_line_errors()

@@ -8,12 +8,10 @@ import io
 import logging
 import math
 import os
-import sys
 import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from unicodedata import east_asian_width
 
 import numpy as np
 import torch
@@ -30,24 +28,27 @@ from system.errors import UserError
 from system.files import write_file
 
 os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)  # read while matplotlib is imported
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a cache directory that it had to replace
-try:
-    import matplotlib
-    from matplotlib import font_manager, pyplot
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-except (OSError, ValueError) as error:  # it reads ./matplotlibrc even so
-    sys.exit(f"error: matplotlib cannot be imported ({error}): mend or remove ./matplotlibrc")
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word on its cache, on absent FONTS
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 # Ten colours that differ for colour-blind readers too (Petroff 2021, arXiv 2107.02270, Table 1).
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 RIGHT, WRONG = COLORS[0], COLORS[6]  # blue and orange
 MARKERS = "osD^vP*X<>"
-matplotlib.rcdefaults()
+# A letter is drawn in the first of these that is installed and has it. matplotlib brings the first
+# two; the others are those of Linux, macOS and Windows for what these lack, such as 猫.
+FONTS = ["DejaVu Sans", "STIXGeneral", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans",
+         "Arial Unicode MS", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic"]  # fmt: skip
+pyplot.rcdefaults()
 pyplot.rcParams.update({
-    "font.size": 9, "axes.prop_cycle": pyplot.cycler(color=COLORS), "text.parse_math": False,
+    "font.family": FONTS, "font.size": 9, "axes.prop_cycle": pyplot.cycler(color=COLORS),
+    "text.parse_math": False,
 })  # fmt: skip
+# A letter that none of them has is drawn as a box, with one line that says so.
+warnings.filterwarnings("once", "Glyph")
+warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 
 
 def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
@@ -143,14 +144,10 @@ def plot_neighbours(
 
 def plot_confusion(results: dict[str, Any]) -> Figure:
     """Confusion matrix in % of each true class. Raises UserError if `results` has none."""
+    if "confusion" not in results:
+        raise UserError("no linear evaluation in the run directory yet: simclr_lin.py makes it")
     title = "Linear layer, {training_images:,} labelled training images: {linear_acc:.1%} right"
-    try:
-        counts, classes = np.array(results["confusion"], float), results["classes"]
-        title, names = title.format_map(results), [shorten(name) for name in classes]
-        if counts.shape != (len(names),) * 2 or not np.all((counts >= 0) & np.isfinite(counts)):
-            raise ValueError(f"confusion must be {len(names)} rows of {len(names)} counts")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"results.json is not of simclr_lin.py ({error!r}): remove it") from None
+    counts, names = np.array(results["confusion"]), [shorten(c) for c in results["classes"]]
     matrix = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)  # 0: no image of the class
     figure, axis = pyplot.subplots(figsize=(8, 6.8), layout="constrained")
     few = len(matrix) <= 20  # more numbers and names than that can't be read
@@ -158,25 +155,19 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
     shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
     pyplot.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
     axis.images[0].colorbar.set_label("% of the true class")
-    axis.set(title=title, xlabel="predicted class", ylabel="true class")
+    axis.set(title=title.format_map(results), xlabel="predicted class", ylabel="true class")
     return figure
 
 
 def directions(h: Tensor) -> Tensor:
     """Unit vectors (N, D), float32, of representations h (N, D): their products are cosines.
 
-    Raises UserError where these say nothing, and t-SNE would end in a segmentation fault: values
-    that are not finite, zero vectors, or all the same to the accuracy of float32.
+    Raises UserError where all are the same, or zero, to the accuracy of float32: they say nothing,
+    and t-SNE would end in a segmentation fault.
     """
-    h = h.float()
-    unit = F.normalize(h / h.abs().amax(dim=1, keepdim=True), dim=1)  # large squares overflow
-    found = {
-        "not finite": not h.isfinite().all(),
-        "zero": (h == 0).all(dim=1).any(),
-        "all the same": ((unit - unit[0]).abs() < 1e-6).all(),
-    }
-    if reasons := [reason for reason, true in found.items() if true]:
-        raise UserError(f"representations are {reasons[0]}: a collapsed or damaged checkpoint")
+    unit = F.normalize(h.float(), dim=1)
+    if ((unit - unit[0]).abs() < 1e-6).all():
+        raise UserError("representations are all the same: a collapsed or damaged checkpoint")
     return unit
 
 
@@ -195,13 +186,9 @@ def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
 
 
 def shorten(text: str, most: int = 20) -> str:
-    """Text of the user on one line, as wide as `most` letters, without its middle if longer."""
-    text = short = printable(text)
-    kept = len(text)
-    while sum(1 + (east_asian_width(letter) in "WF") for letter in short) > most:
-        kept -= 1
-        short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
-    return short
+    """Text of the user on one line, without its middle if it is longer than `most` letters."""
+    text, half = printable(text), most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[1 - half :]}"
 
 
 def add_legend(figure: Figure, handles: Any, names: Any, **style: Any) -> None:
@@ -212,35 +199,11 @@ def add_legend(figure: Figure, handles: Any, names: Any, **style: Any) -> None:
         text.set_text(name)
 
 
-def set_fonts(figure: Figure) -> set[str]:
-    """Draw letters that matplotlib's font lacks in an installed one; returns what none has."""
-    texts = figure.findobj(Text)
-    letters = {letter for text in texts for letter in text.get_text()}
-    installed = sorted({font.name for font in font_manager.fontManager.ttflist})
-    families = []  # without Last Resort, a box for every letter
-    for name in ("DejaVu Sans", *(name for name in installed if "Last" not in name)):
-        if not letters:
-            break
-        font = font_manager.get_font(font_manager.findfont(name))
-        if found := letters & {*map(chr, font.get_charmap())}:
-            families.append(name)
-            letters -= found
-    for text in texts:
-        text.set_fontfamily(families)
-    return letters
-
-
-def save(figure: Figure, path: Path) -> set[str]:
-    """Write path.png and path.svg, and close the figure; returns letters drawn as boxes.
-
-    Raises UserError if a file cannot be written.
-    """
-    lacking = set_fonts(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a line for each letter and file
-        for suffix, metadata in ((".png", None), (".svg", {"Date": None})):  # or SOURCE_DATE_EPOCH
-            picture = io.BytesIO()
-            figure.savefig(picture, format=suffix[1:], dpi=130, metadata=metadata)
-            write_file(path.with_name(path.name + suffix), picture.getvalue())
+def save(figure: Figure, path: Path) -> None:
+    """Write path.png and path.svg, and close the figure. Raises UserError if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "svg"):
+        picture = io.BytesIO()  # without the date, which comes from SOURCE_DATE_EPOCH if set
+        figure.savefig(picture, format=suffix, dpi=130, metadata={"Date": None})
+        write_file(path.with_name(f"{path.name}.{suffix}"), picture.getvalue())
     pyplot.close(figure)
-    return lacking

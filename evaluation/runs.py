@@ -5,30 +5,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from system.checkpoint import ARCHITECTURE
-from system.errors import ConfigError, UserError
+from system.errors import ConfigError, UserError, describe
 from system.files import parse_json, read_yaml
 
-NUMBER = int | float | None
-RESULTS = {"linear_acc": NUMBER, "knn_acc": NUMBER, "epoch": int, "checkpoint": str,
-           "config": dict, "evaluation_config": dict}  # fmt: skip
 EVALUATED = ("dataset", "data_dir", "workers", "device")  # of the config of an evaluation
-# What may be wrong with the files, the data or the machine for one picture or run, not for all.
-FAILURES = UserError, OSError, MemoryError, torch.OutOfMemoryError
+Failed = dict[tuple[str, int], list[str]]  # what failed, by error line and exit code (`describe`)
 
 
 @contextmanager
-def noted(failed: list[tuple[str, UserError]], name: str = "") -> Iterator[None]:
-    """Where the block fails for a reason in FAILURES, note name and error in `failed`; go on."""
+def noted(failed: Failed, name: str) -> Iterator[None]:
+    """Where the block fails, but for a bug, note `name` in `failed` and go on after the block."""
     try:
         yield
-    except UserError as error:
-        failed.append((name, error))
-    except FAILURES as error:
-        failed.append((name, UserError(f"{type(error).__name__}: {error}")))
+    except Exception as error:
+        if (known := describe(error)) is None:
+            raise
+        failed.setdefault(known, []).append(name)
 
 
 def run_config(run: Path) -> dict[str, Any]:
@@ -62,18 +57,11 @@ def run_results(run: Path, may_change: Collection[str] = ()) -> dict[str, Any]:
     if not path.exists():
         return {}
     results = parse_json(path.read_bytes(), path)
-    for key, kind in RESULTS.items():
-        if key in results and not isinstance(results[key], kind):
-            raise UserError(f"{path}: {key} is not what simclr_lin.py writes: remove the file")
-    if "linear_acc" not in results:
+    if not isinstance(results.get("linear_acc", ""), int | float | None):
         raise UserError(f"{path} is not of simclr_lin.py, it has no linear_acc: remove it")
     theirs = results.get("config", {})
-    ours = run_config(run) if (run / "config.yaml").exists() else theirs
-    keys = [key for key in ours if key in theirs and key not in may_change]
-    differing = [key for key in keys if theirs[key] != ours[key]]
-    if differing:
-        there, here = ([f"{key} {c[key]}" for key in differing[:3]] for c in (theirs, ours))
-        raise UserError(
-            f"{path} is of a run with {', '.join(there)}, not {', '.join(here)}: evaluate this one"
-        )
+    ours = run_config(run) if (run / "config.yaml").exists() else {}
+    keys = [key for key in theirs if key in ours and key not in may_change]
+    if differing := [f"{key} {theirs[key]}" for key in keys if theirs[key] != ours[key]]:
+        raise UserError(f"{path} is of a run with {', '.join(differing[:3])}: evaluate this one")
     return results

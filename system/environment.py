@@ -35,7 +35,7 @@ def describe_import_error(error: BaseException) -> str | None:
         trace = trace.tb_next
     if not isinstance(error, ValueError) or "<module>" not in frames[1:]:  # [0] is the script
         return None
-    said = " ".join(str(error).split())
+    said = " ".join(str(error).split())[:300]
     for name, value in os.environ.items():
         if re.search(rf"\b{re.escape(name)}\b", said) or repr(value) in said:
             return f"error: the environment variable {name}={value}: {said}; unset {name}"

@@ -97,19 +97,13 @@ def read_yaml(path: Path) -> DictConfig:
 
 def parse_json(content: bytes, where: Path | str) -> dict[str, Any]:
     """The JSON object in `content`. Raises UserError, naming `where`, if it holds anything else."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key twice")
-        return found
-
     try:
-        found = json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
-        reason = "" if isinstance(found, dict) else "no keys with values"
-    except (ValueError, RecursionError) as error:  # of the encoding, of JSON
-        reason = str(error).splitlines()[0]
-    if reason:
-        raise UserError(f"{where} is damaged or of another program ({reason}): mend or remove it")
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            raise ValueError("no keys with values")
+    except (ValueError, RecursionError) as error:
+        reason = f"{where} is damaged or of another program ({error})"
+        raise UserError(f"{reason}: mend or remove it") from None
     return found
 
 

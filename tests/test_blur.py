@@ -6,8 +6,8 @@ from matplotlib import pyplot
 from scipy.stats import kstest, uniform
 from torchvision.transforms.v2.functional import gaussian_blur
 
-import plot
 import simclr
+from evaluation import figures
 from images import augment
 
 SETTINGS = (0.08, 1.0), 0.5, 0.5, 0.2
@@ -124,7 +124,7 @@ def test_pretraining_blurs_both_views_by_numbers_of_their_own(
 def test_the_picture_of_the_views_is_blurred_too(toy):
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     plain = "crop_scale=[1,1]", "flip_probability=0", "color_strength=0", "grayscale_probability=0"
-    figure = plot.plot_views(toy(*plain, "image_size=32", "blur_probability=1"), images)
+    figure = figures.plot_views(toy(*plain, "image_size=32", "blur_probability=1"), images)
     grid = [axis.images[0].get_array() for axis in figure.axes]
     pyplot.close(figure)
     for row in range(3):

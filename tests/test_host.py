@@ -14,7 +14,7 @@ from conftest import stop_in_step
 import plot
 import simclr
 import simclr_lin
-from evaluation import features, protocols
+from evaluation import features, figures, protocols
 from images import host
 from images.datasets import load_split
 from images.host import HostImages, batches, describe, place, take
@@ -185,8 +185,9 @@ def test_predictions_and_pictures_from_host_memory(thin, toy, trained, tmp_path,
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 9
     assert sizes.count(1) == 1  # of the 9 images, in batches of 8; there are 24 training images
     del sizes[:]
-    data = plot.represent(trained, cfg)
-    assert plot.embedding(data) and plot.neighbours(data, 8) and sizes
+    for_embedding, for_neighbours = plot.represent(trained, cfg)
+    assert figures.plot_embedding(*for_embedding) and figures.plot_neighbours(*for_neighbours)
+    assert sizes
 
 
 @gpu

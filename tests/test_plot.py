@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import REPOSITORY, make_images, thin_resnet, toy_config
-from matplotlib import colors, pyplot
+from matplotlib import colors, font_manager, pyplot
 from matplotlib.text import Text
 from omegaconf import OmegaConf
 from PIL import Image
@@ -72,7 +73,7 @@ def test_one_run_gives_every_picture_as_png_and_svg(draw, run, toy):
 def test_what_is_missing_for_a_picture_is_said_and_the_others_are_drawn(run, draw):
     said = draw(run).splitlines()
     assert said[:-1] == [f"{run}/{name}.png" for name in ("curves", "views", *REPRESENTED)]
-    assert said[-1].startswith(f"not drawn: confusion: no linear evaluation in {run} yet")
+    assert said[-1].startswith("not drawn: confusion: no linear evaluation in the run directory")
     (run / "simclr_resnet18_epoch2.pt").unlink()
     said = draw(run).splitlines()
     assert said[:2] == [f"{run}/{name}.png" for name in ("curves", "views")]
@@ -148,35 +149,28 @@ def with_results(**values):
 
 
 NO_CURVES = [
-    (lambda run: (run / "metrics.jsonl").unlink(), "No such file"),
-    (write("metrics.jsonl", b""), "has no epoch to show"),
+    (lambda run: (run / "metrics.jsonl").unlink(), "has no epoch to show yet"),
+    (write("metrics.jsonl", b""), "has no epoch to show yet"),  # resumed in its first epoch
     (
         write("metrics.jsonl", b'{"epoch": 1\n{}\n'),
         "metrics.jsonl, line 1 is damaged or of another",
     ),
     (write("metrics.jsonl", b"[1]\n"), "line 1 is damaged or of another program (no keys"),
-    (write("metrics.jsonl", b'{"epoch": 1}\n{"loss": 1}\n'), "line 2: must hold an epoch and numb"),
-    (write("metrics.jsonl", b'{"epoch": 1, "loss": "a"}\n'), "line 1: must hold an epoch"),
-    (write("metrics.jsonl", b'{"epoch": 1, "loss": 1%s}\n' % (b"0" * 400)), "must hold an epoch"),
-    (write("metrics.jsonl", '{"epoch": 1}\n'.encode("utf-16")), "can't decode"),
+    (write("metrics.jsonl", b'{"epoch": 1}\n{"loss": 1}\n'), "metrics.jsonl is not of simclr.py"),
+    (write("metrics.jsonl", b'{"epoch": "\xe9"}\n'), "is damaged or of another"),
 ]
 NO_CONFUSION = [
     (lambda run: (run / "results.json").unlink(), "no linear evaluation in"),
     (write("results.json", b'{"linear_acc": 0.1, '), "results.json is damaged or of another progr"),
     (write("results.json", b'{"knn_acc": 1}'), "results.json is not of simclr_lin.py"),
-    (write("results.json", b'{"a": 1, "a": 2}'), "a key twice"),
     (write("results.json", b"[" * 99999), "recursion"),
-    (of_another_run, "is of a run with temperature 0.9, not temperature 0.5: evaluate this one"),
-    (with_results(config=3), "config is not what simclr_lin.py writes"),
-    (with_results(confusion=[[1]]), "must be 3 rows of 3 counts"),
-    (with_results(confusion=[[1], 2]), "results.json is not of simclr_lin.py"),
-    (with_results(linear_acc=None), "results.json is not of simclr_lin.py"),
+    (of_another_run, "is of a run with temperature 0.9: evaluate this one"),
 ]
 NO_FEATURES = [
     (scaled(0, 1), "representations are all the same: a collapsed or damaged checkpoint"),
-    (scaled(0, 0), "representations are zero"),
-    (scaled(torch.nan, 0), "representations are not finite"),
-    (scaled(torch.inf, 0), "representations are not finite"),
+    (scaled(0, 0), "representations are all the same"),
+    (scaled(torch.nan, 0), "has values that are not finite"),
+    (scaled(1e38, 0), "not finite"),  # the representations alone
     (write(WEIGHTS, b"PK"), "is damaged or no checkpoint"),
     (lambda run: (run / WEIGHTS).unlink(), "no checkpoint of resnet18"),
 ]
@@ -187,7 +181,7 @@ NO_FEATURES = [
     [
         {("curves",): NO_CURVES[2], tuple(REPRESENTED): NO_FEATURES[0]},
         {("curves",): NO_CURVES[0], ("confusion",): NO_CONFUSION[1]},
-        {("confusion",): NO_CONFUSION[5], tuple(REPRESENTED): NO_FEATURES[4]},
+        {("confusion",): NO_CONFUSION[4], tuple(REPRESENTED): NO_FEATURES[4]},
     ],
 )
 def test_a_picture_that_fails_takes_no_other_down(draw, thin, evaluated, tmp_path, damages):
@@ -215,13 +209,13 @@ def test_a_picture_that_fails_takes_no_other_down(draw, thin, evaluated, tmp_pat
 def test_each_reason_is_one_sentence(thin, evaluated, tmp_path, picture, damage, reason):
     run = shutil.copytree(evaluated, tmp_path / "run")
     damage(run)
-    failed = []
+    failed = {}
     for name, function in plot.pictures([run], [], failed):
         if name == picture:
             with noted(failed, name):
                 function()
-    [(name, error)] = failed
-    assert name == picture and reason in str(error)
+    [((line, code), names)] = failed.items()
+    assert (code, names) == (1, [picture]) and reason in line and "\n" not in line
 
 
 def test_without_its_data_a_run_has_curves_and_confusion(draw, thin, evaluated, tmp_path):
@@ -232,11 +226,15 @@ def test_without_its_data_a_run_has_curves_and_confusion(draw, thin, evaluated, 
 
 
 def test_what_the_machine_cannot_do_for_one_picture_it_may_for_another(draw, run, monkeypatch):
-    for error in (MemoryError("a"), PermissionError(13, "a"), torch.OutOfMemoryError("CUDA: a")):
+    for error, reason in (
+        (MemoryError(), "out of memory (of the host): this machine has too little for it"),
+        (PermissionError(13, "Permission denied", "a"), "a: Permission denied"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory (CUDA out of memory): this"),
+    ):
         monkeypatch.setattr(plot, "represent", Mock(side_effect=error))
         said = draw(run, "data_dir=nowhere").splitlines()
         assert said[0] == f"{run}/curves.png"
-        assert said[-1] == f"not drawn: embedding, neighbours: {type(error).__name__}: {error}"
+        assert said[-1].startswith(f"not drawn: embedding, neighbours: {reason}")
     monkeypatch.setattr(plot, "represent", Mock(side_effect=ZeroDivisionError))  # a bug of ours
     with pytest.raises(ZeroDivisionError):
         draw(run, "data_dir=nowhere")
@@ -251,7 +249,7 @@ def test_where_a_checkpoint_from_elsewhere_was_evaluated_is_drawn_from_it(
     shutil.copy(evaluated / "results.json", run)
     *paths, line = draw(run).splitlines()
     assert {Path(path).stem for path in paths} == NAMES - {"curves"}
-    assert line.startswith(f"not drawn: curves: {run} has no epoch to show: metrics.jsonl")
+    assert line.startswith(f"not drawn: curves: {run} has no epoch to show yet")
     with_results(checkpoint="gone.pt")(run)
     line = draw(run, "data_dir=nowhere").splitlines()[-1]
     assert line.startswith("not drawn: embedding, neighbours: no checkpoint gone.pt")
@@ -283,9 +281,10 @@ def test_a_broken_config_is_one_line_and_takes_no_other_run_down(
     code, error = draw(broken)
     assert code == 2 and error.startswith(f"error: {broken}/config.yaml") and reason in error
     assert error.count("\n") == 1
-    failed = []
+    failed = {}
     [(name, _)] = plot.pictures([run, broken], [], failed)
-    assert name == "curves" and reason in str(failed[0][1])
+    [(line, _)] = failed
+    assert name == "curves" and reason in line
 
 
 def test_a_value_in_a_config_that_is_not_allowed_names_the_run(draw, run):
@@ -311,7 +310,7 @@ def texts(figure):
 
 ENVIRONMENTS = [
     {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MPLCONFIGDIR": "file"},
-    {"MPLBACKEND": "module://nosuch", "MATPLOTLIBRC": "rc/matplotlibrc"},
+    {"MPLBACKEND": "module://nosuch", "MATPLOTLIBRC": "nosuch"},
     {"MPLBACKEND": "TkAgg", "MATPLOTLIBRC": "markup", "DISPLAY": ""},
     {"MPLBACKEND": "", "MATPLOTLIBRC": "", "MPLCONFIGDIR": ""},
 ]
@@ -320,14 +319,10 @@ import os, runpy, sys
 import evaluation.features, hydra, sklearn.manifold
 assert "matplotlib" not in sys.modules
 sys.argv = ["plot.py", "run", "data_dir=nowhere", "--out", "out"]
-for place, environment in [(".", e) for e in {}] + [("rc", {{}})]:
+for environment in {}:
     if (child := os.fork()) == 0:
-        os.chdir(place)
         os.environ.update(environment)
-        try:
-            runpy.run_path({!r}, run_name="__main__")
-        except SystemExit as end:
-            print(end)
+        runpy.run_path({!r}, run_name="__main__")
         sys.stdout.flush()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, environment
@@ -338,8 +333,6 @@ for place, environment in [(".", e) for e in {}] + [("rc", {{}})]:
 def test_what_the_environment_says_to_matplotlib_is_ignored(run, tmp_path):
     """Each in a process of its own: matplotlib reads it while it is imported."""
     (tmp_path / "file").touch()
-    (tmp_path / "rc").mkdir()
-    (tmp_path / "rc" / "matplotlibrc").write_bytes(b"\xff: 1\n")
     (tmp_path / "markup").write_text(
         "text.usetex: True\nfigure.figsize: 1, 1\nno key\nfont.size: a"
     )
@@ -349,10 +342,8 @@ def test_what_the_environment_says_to_matplotlib_is_ignored(run, tmp_path):
         text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    *lines, refused = done.stdout.splitlines()
-    paths = [line for line in lines if not line.startswith("not drawn: ")]
+    paths = [line for line in done.stdout.splitlines() if not line.startswith("not drawn: ")]
     assert paths == len(ENVIRONMENTS) * ["out/curves.png"]
-    assert refused.startswith("error: matplotlib cannot be imported ('utf-8' codec can't decode")
     with Image.open(tmp_path / "out" / "curves.png") as image:
         assert image.width > 900  # not one inch
     assert "<dc:date>" not in (tmp_path / "out" / "curves.svg").read_text()  # SOURCE_DATE_EPOCH
@@ -361,14 +352,16 @@ def test_what_the_environment_says_to_matplotlib_is_ignored(run, tmp_path):
 @pytest.fixture
 def figure_of(monkeypatch):
     """The figures that plot.py has saved, by name."""
-    saved, save = {}, plot.save
+    saved, save = {}, figures.save
     monkeypatch.setattr(
-        plot, "save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path)
+        figures,
+        "save",
+        lambda figure, path: saved.update({path.name: figure}) or save(figure, path),
     )
     return saved
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:Glyph")  # no font of matplotlib has 猫
 def test_names_of_classes_are_drawn_as_they_are(draw, thin, tmp_path, figure_of):
     data = tmp_path / "images"
     for split, n in (("train", 4), ("test", 2)):
@@ -381,8 +374,7 @@ def test_names_of_classes_are_drawn_as_they_are(draw, thin, tmp_path, figure_of)
     cfg.data_dir = str(data)
     simclr.pretrain(cfg, run)
     simclr_lin.evaluate(cfg, run / WEIGHTS.replace("2", "1"), run)
-    said = draw(run)
-    assert said.endswith("drawn as boxes, for no installed font has them: がき好猫\n")
+    assert "not drawn" not in draw(run)
     names = [name.translate(dict.fromkeys(map(ord, "\n\t\x1b\udce9"), "�")) for name in NASTY]
     for picture, letters in (("embedding", 8), ("confusion", 10)):
         names[6] = "n" * letters + "…" + "n" * (letters - 1)
@@ -434,7 +426,7 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
           "knn_acc": e / 20 if e == 2 else None} for e in (1, 2)]  # fmt: skip
     b = [{**line, "loss": 6, "knn_acc": None} for line in a]
     one, other = toy("temperature=0.1", "workers=3", "finetune_epochs=7"), toy("seed=7")
-    figure = plot.curves({"one": one, "other": other}, {"one": a, "other": b})
+    figure = plot.curves({"one": (one, a), "other": (other, b)})
     loss, contrastive, rate, knn = figure.axes
     assert lines_of(loss) == [([1, 2], [4, 3]), ([1, 2], [6, 6])]
     assert lines_of(contrastive)[0] == ([1, 2], [10, 20])
@@ -446,10 +438,9 @@ def test_curves_show_the_metrics_and_name_what_differs(toy):
     }  # fmt: skip
     assert all(axis.get_title() and axis.get_ylabel() for axis in figure.axes)
     old = [{"epoch": 1, "loss": 3.0, "contrastive_accuracy": 0.1, "learning_rate": 0.1}]
-    same = {"logs/a": toy(), "logs/b": toy()}
-    figure = plot.curves(same, {"logs/a": a, "logs/b": old})  # before kNN
+    figure = plot.curves({"logs/a": (toy(), a), "logs/b": (toy(), old)})  # before kNN
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["logs/a", "logs/b"]
-    assert not plot.curves(same, {"logs/a": a}).legends
+    assert not plot.curves({"logs/a": (toy(), a)}).legends
     pyplot.close("all")
 
 
@@ -462,7 +453,8 @@ def test_several_runs_share_one_picture(draw, run, tmp_path):
     ]
     (tmp_path / "none").mkdir()
     assert draw(run, tmp_path / "none", other, "--out", tmp_path / "both").splitlines()[1:] == [
-        f"not drawn: {tmp_path}/none is not a run directory: it has no config.yaml, no results.json"
+        f"not drawn: curves: {tmp_path}/none is not a run directory: it has no config.yaml, no "
+        "results.json"
     ]
     svg = (tmp_path / "both" / "curves.svg").read_text()
     assert "temperature 0.5" in svg and "temperature 0.9" in svg
@@ -475,7 +467,7 @@ def shown(figure):
 def test_views_stand_beside_their_image_and_follow_the_config(toy):
     images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
     plain = "crop_scale=[1,1]", "flip_probability=0", "color_strength=0", "grayscale_probability=0"
-    figure = plot.plot_views(toy(*plain), images)
+    figure = figures.plot_views(toy(*plain), images)
     grid = shown(figure)
     assert len(grid) == 8 * 9
     for row in range(8):
@@ -483,10 +475,10 @@ def test_views_stand_beside_their_image_and_follow_the_config(toy):
         assert all(abs(view - original).max() < 1e-5 for view in views)
         assert any((255 * original).round().astype(int).tolist() == image.permute(1, 2, 0).tolist()
                    for image in images)  # fmt: skip
-    gray = shown(plot.plot_views(toy("grayscale_probability=1"), images))
+    gray = shown(figures.plot_views(toy("grayscale_probability=1"), images))
     assert all((view[..., 0] == view[..., 1]).all() for view in gray[1:9])
     assert not (gray[1] == gray[2]).all() and not (gray[0][..., 0] == gray[0][..., 1]).all()
-    assert len(shown(plot.plot_views(toy(), images[:3]))) == 3 * 9
+    assert len(shown(figures.plot_views(toy(), images[:3]))) == 3 * 9
     pyplot.close("all")
 
 
@@ -496,7 +488,7 @@ def test_neighbours_are_the_nearest_by_cosine_with_frames_of_their_class():
     test = Split(train.images[:3] + 100, torch.tensor([1, 1, 0]), ["cat", "dog"])
     h = torch.tensor([[1.0, 0], [0, 1], [9, 1], [1, 9]])
     test_h = torch.tensor([[0.0, 3], [5, 5], [2, 0]])
-    figure = plot.plot_neighbours(train, h, test, test_h, 8, columns=3)
+    figure = figures.plot_neighbours(train, h, test, test_h, 8, columns=3)
     values = [round(255 * image.max()) for image in shown(figure)]
     assert values == [102, 0, 2, 3, 100, 1, 3, 2]  # the first test cat and dog, 2 and 0
     frames = [
@@ -514,7 +506,9 @@ def test_embedding_has_a_point_for_each_image_in_the_colour_of_its_class():
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
     apart = torch.nn.functional.one_hot(labels, 8) + 0.05 * torch.randn(60, 8)
-    figure = plot.plot_embedding({"noise": torch.randn(60, 8), "h": apart}, labels, ["a", "b", "c"])
+    figure = figures.plot_embedding(
+        {"noise": torch.randn(60, 8), "h": apart}, labels, ["a", "b", "c"]
+    )
     assert [axis.get_title() for axis in figure.axes] == ["noise", "h"]
     shares = []
     for axis in figure.axes:
@@ -531,16 +525,10 @@ def test_embedding_has_a_point_for_each_image_in_the_colour_of_its_class():
     pyplot.close("all")
 
 
-def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monkeypatch):
+def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run):
     """The same test images, and the initial weights of this very run."""
-    drawn = []
-    embedding = plot.plot_embedding
-    monkeypatch.setattr(
-        plot, "plot_embedding", lambda *args: drawn.append(args) or embedding(*args)
-    )
     cfg = plot.read_config(run, [])
-    plot.embedding(plot.represent(run, cfg))
-    [(panels, labels, _)] = drawn
+    (panels, labels, _), _ = plot.represent(run, cfg)
     assert list(panels) == ["untrained network", "after 2 epochs"]
     before = start_training(cfg, torch.device("cpu"), 2).model.enc.eval()
     after, _ = load_encoder(run / "simclr_resnet18_epoch2.pt")
@@ -553,7 +541,6 @@ def test_embedding_is_of_the_runs_network_before_and_after_pretraining(run, monk
         torch.testing.assert_close(h, own, rtol=0.03, atol=0.01)
     first, last = panels.values()
     assert (first - last).abs().max() > 0.05
-    pyplot.close("all")
 
 
 @pytest.mark.filterwarnings("error")
@@ -562,53 +549,55 @@ def test_few_images_and_classes_are_drawn_or_the_reason_said(tmp_path):
     h, classes = torch.randn(40, 8), [f"class {n}" for n in range(30)]
     for label in (torch.arange(40) % 25, torch.arange(40) % 3 * 2, torch.zeros(40).long()):
         split = Split(images, label, classes)
-        figure = plot.plot_neighbours(split, h, split, h + 1, 8)
+        figure = figures.plot_neighbours(split, h, split, h + 1, 8)
         assert len(figure.axes) == 9 * min(10, len(label.unique()))
         figures.save(
-            plot.plot_embedding({"h": h, "g": h}, label, classes[:20]), tmp_path / "embedding"
+            figures.plot_embedding({"h": h, "g": h}, label, classes[:20]), tmp_path / "embedding"
         )
     one, two = (Split(images[:n], torch.arange(n), classes) for n in (1, 2))
-    assert len(plot.plot_neighbours(one, h[:1], two, h[1:3], 8).axes) == 2 * 2
+    assert len(figures.plot_neighbours(one, h[:1], two, h[1:3], 8).axes) == 2 * 2
     with pytest.raises(UserError, match="needs four test images or more, there are 3"):
-        plot.plot_embedding({"h": h[:3]}, label[:3], classes)
+        figures.plot_embedding({"h": h[:3]}, label[:3], classes)
     results = {"training_images": 5, "linear_acc": 0.5, "classes": classes}
     counts = torch.eye(30).long()
     counts[3] = 0  # no test image
-    figure = plot.plot_confusion({**results, "confusion": counts.tolist()})
+    figure = figures.plot_confusion({**results, "confusion": counts.tolist()})
     assert figure.axes[0].images[0].get_array().sum() == 29 * 100
     results = {**results, "classes": ["a", "b"], "confusion": [[0, 0], [1, 1]]}
-    assert [text.get_text() for text in plot.plot_confusion(results).axes[0].texts] == [
+    assert [text.get_text() for text in figures.plot_confusion(results).axes[0].texts] == [
         "0", "0", "50", "50",
     ]  # fmt: skip
     pyplot.close("all")
 
 
-def test_two_points_many_times_and_large_values_do_not_end_t_sne():
+def test_two_points_many_times_and_zeros_do_not_end_t_sne():
     label, two = torch.arange(400) % 2, torch.eye(8)[torch.arange(400) % 2]
-    h = {"two": two, "large": 1e30 * torch.randn(400, 8), "nearly one": 1 + 1e-5 * two}
-    points = [axis.collections for axis in plot.plot_embedding(h, label, ["a", "b"]).axes]
+    h = {"two": two, "zeros": two * (label == 0)[:, None], "nearly one": 1 + 1e-5 * two}
+    points = [axis.collections for axis in figures.plot_embedding(h, label, ["a", "b"]).axes]
     assert all(torch.from_numpy(c.get_offsets().data).isfinite().all() for p in points for c in p)
-    for same in (torch.ones(9, 8), torch.arange(1, 10)[:, None] * torch.ones(8)):
+    for same in (torch.ones(9, 8), torch.zeros(9, 8), torch.arange(1, 10)[:, None] * torch.ones(8)):
         with pytest.raises(UserError, match="all the same"):
-            plot.plot_embedding({"h": same}, label[:9], ["a", "b"])
+            figures.plot_embedding({"h": same}, label[:9], ["a", "b"])
     pyplot.close("all")
 
 
-def test_letters_that_the_font_lacks_are_taken_from_another(tmp_path):
+def test_letters_that_the_font_lacks_are_taken_from_another_or_said_once(tmp_path):
     """Of the fonts that matplotlib brings, STIX has a letter that DejaVu Sans lacks."""
-    fonts = [figures.font_manager.get_font(figures.font_manager.findfont(name)).get_charmap()
-             for name in ("DejaVu Sans", "STIXGeneral")]  # fmt: skip
-    letter = chr(max(fonts[1].keys() - fonts[0].keys()))
-    figure = pyplot.figure()
-    text = figure.text(0, 0, f"a{letter}")
-    assert figures.save(figure, tmp_path / "a") == set()
-    assert text.get_fontfamily()[0] == "DejaVu Sans" and len(text.get_fontfamily()) == 2
+    fonts = [font_manager.get_font(font_manager.findfont(name)).get_charmap()
+             for name in figures.FONTS[:2]]  # fmt: skip
+    pyplot.figure().text(0, 0, "a" + chr(max(fonts[1].keys() - fonts[0].keys())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.save(pyplot.gcf(), tmp_path / "a")
+    pyplot.figure().text(0, 0, "\U0010fff0")
+    with pytest.warns(UserWarning, match="missing from font"):
+        figures.save(pyplot.gcf(), tmp_path / "a")
 
 
 def test_confusion_is_in_shares_of_the_true_class(tmp_path):
     results = {"confusion": [[3, 1], [0, 5]], "classes": ["cat", "dog"], "linear_acc": 8 / 9,
                "training_images": 5000}  # fmt: skip
-    figure = plot.plot_confusion(json.loads(json.dumps(results)))
+    figure = figures.plot_confusion(json.loads(json.dumps(results)))
     axis = figure.axes[0]
     assert [text.get_text() for text in axis.texts] == ["75", "25", "0", "100"]
     assert axis.get_title().endswith("5,000 labelled training images: 88.9% right")
