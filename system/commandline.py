@@ -36,10 +36,10 @@ def run_command(main: Callable[[], Any], keys: Iterable[str]) -> None:
 def quote_path(override: str, sweep: bool = False) -> str:
     """The override, in Hydra's quotes if it is a path that Hydra would not read as typed.
 
-    What is quoted already, null, an interpolation, and several values of a sweep stay as they are.
+    What is quoted already, null, and several values of a sweep stay as they are.
     """
     key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") not in PATH_KEYS or "${" in value:
+    if not equals or key.lstrip("+") not in PATH_KEYS:
         return override
     with suppress(HydraException):
         parsed = OverridesParser.create().parse_override(override)

@@ -10,6 +10,7 @@ import pytest
 from test_sweeps import FOLDER, LIN, PRETRAIN, TRAIN
 
 import config as config_module
+from config import SCHEDULED
 from system.commandline import quote_path
 from system.errors import ConfigError
 
@@ -131,8 +132,10 @@ def test_paths_in_a_sweep_and_in_hydra_s_own_spelling(thin, write_images, tmp_pa
     for spelling in (f"data_dir='{name}'", f'data_dir="{name}"', f"++data_dir={name}"):
         code, error = call(PRETRAIN, *train, spelling, "resume=false")
         assert code == 0, error
-    code, error = call(PRETRAIN, *train, "data_dir=${oc.env:HOME}/nowhere", "resume=false")
-    assert code == 1 and "nowhere/train cannot be read" in error
+    for nowhere in ("nowhere", "no (where)"):
+        path = "data_dir=${oc.env:HOME}/" + nowhere
+        code, error = call(PRETRAIN, *train, path, "resume=false")
+        assert code == 1 and f"{os.environ['HOME']}/{nowhere}/train cannot be read" in error
     code, error = call(PRETRAIN, "data_dir=null")
     assert code == 2 and error.startswith("error: data_dir=None: must be a path")
 
@@ -149,11 +152,11 @@ def test_a_rule_of_one_protocol_does_not_refuse_the_others(config):
     low, lin = "finetune_learning_rate=1e-4", "finetune_learning_rate"
     for protocols in ("[knn]", "[logistic,knn]"):
         config(low, f"protocols={protocols}", peak=lin)
-    for override in ("protocols=[knn,linear]", "protocols=[finetune]", "predict=images"):
+    for override in (*(f"protocols=[knn,{name}]" for name in SCHEDULED), "predict=images"):
         with pytest.raises(
             ConfigError, match=r"min_learning_rate=0\.001: must be at most finetune"
         ):
-            config(low, "protocols=[linear_clean]", override, peak=lin)
+            config(low, "protocols=[knn]", override, peak=lin)
 
 
 def test_rules_between_keys_are_checked_before_a_directory_is_made(call, tmp_path):
