@@ -103,10 +103,7 @@ def _decode(path: Path, size: int) -> np.ndarray:
     if image.mode[0] in "IF":
         image = Image.fromarray(_in_8_bits(np.asarray(image), image.info.get("transparency")))
     with _pillow():
-        clear = image.has_transparency_data
-        rgb = _on_white(image) if clear else image.convert("RGB")
-    if clear and _contrast(rgb) < CONTRAST <= _contrast(image):
-        raise Unusable("what it shows cannot be seen on white, where it is transparent")
+        rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
     return np.asarray(ImageOps.fit(rgb, (size, size), BILINEAR)).transpose(2, 0, 1)
 
 
@@ -129,8 +126,10 @@ def _load(source: Path | io.BytesIO) -> Image.Image:
     with file:
         if pages > 1 and file.format != "MPO":  # a photo and its preview
             raise Unusable(f"it has {pages} frames")
-        if file.format == "TIFF" and _is_mistaken(file):
-            raise Unusable("Pillow mistakes a TIFF of this layout: save it as PNG")
+        tags = file.tag_v2 if file.format == "TIFF" else {}
+        planes = tags.get(284) == 2 and tags.get(258, ()).count(16) > 1  # 258: bits of each channel
+        if planes or (tags.get(262) == 0 and file.mode[0] in "IF"):  # Pillow misreads both
+            raise Unusable("TIFF with 16 bits in planes or with 0 as white: save it as PNG")
         deep = file.format in ("PNG", "TIFF") and ";16" in str(file.tile[:1])  # not BMP's 5, 6, 5
         with _pillow():
             file.load()
@@ -140,14 +139,6 @@ def _load(source: Path | io.BytesIO) -> Image.Image:
         with suppress(Unusable), _pillow():  # ignored where it cannot be read
             turn = TURNS.get(file.getexif().get(0x0112))
         return file if turn is None else file.transpose(turn)
-
-
-def _is_mistaken(file: Image.Image) -> bool:
-    """Whether Pillow misreads a TIFF: 0 as white (but 8 bits), signed 8 bits, 16 bits in planes."""
-    tags = file.tag_v2
-    if file.mode[0] in "IF":
-        return tags.get(262) == 0
-    return tags.get(339) == (2,) or (tags.get(284) == 2 and 16 in tags.get(258, ()))
 
 
 def _check_high_bytes(image: Image.Image) -> None:
@@ -181,11 +172,10 @@ def _in_8_bits(values: np.ndarray, transparent: int | None) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """In RGB; what is transparent is white."""
+    """In RGB, where it is transparent white; raises Unusable if it then has no more CONTRAST."""
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _contrast(image: Image.Image) -> int:
-    """The largest difference within red, green, blue or alpha."""
-    return max(high - low for low, high in image.convert("RGBA").getextrema())
+    rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    before, after = (max(high - low for low, high in i.getextrema()) for i in (image, rgb))
+    if after < CONTRAST <= before:
+        raise Unusable("what it shows cannot be seen on white, where it is transparent")
+    return rgb
