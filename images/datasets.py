@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, VisionDataset
 from torchvision.datasets.utils import check_integrity, download_url
 
 from images.decode import decode
-from images.folder import find_images, list_folder, name_few, name_others, printable
+from images.folder import find_images, list_folder, name_few, name_others
 from images.host import Images, place
 from system.errors import ConfigError, UserError
 from system.files import locked
@@ -222,9 +222,7 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
     labels = [-1 if loose else label for label, files in enumerate(found) for _ in files]
     images = decode([file for files in found for file in files], image_size, workers)
     remarks = _remarks(root, split, classes, loose, {*others, *left_out})
-    return Split(
-        images, torch.tensor(labels), [] if loose else classes, tuple(map(printable, remarks))
-    )
+    return Split(images, torch.tensor(labels), [] if loose else classes, tuple(remarks))
 
 
 def _remarks(
@@ -237,4 +235,4 @@ def _remarks(
             "without labels, so there is no kNN"
         )
     elif split == "pretrain" and len(classes) == 1:
-        yield f"{root} has one class, {classes[0]}, so there is no kNN"
+        yield f"{root} has one class, {name_few([root / classes[0]])}, so there is no kNN"

@@ -3,7 +3,6 @@
 import errno
 import io
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), stric
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)  # no matter which file it is
 OUT_OF_MEMORY = re.compile("out of memory|decoder error -9")  # Pillow's own words
 CONTRAST = 8  # of 256 levels: as much as a picture has, if its file has any
-OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 class Unusable(Exception):
@@ -35,22 +33,22 @@ def decode(files: list[Path], image_size: int, workers: int) -> Tensor:
     """The images in the files, (N, 3, image_size, image_size) uint8, with no second copy of them.
 
     Raises UserError: for files that are no single image, have values out of the ranges in
-    docs/evaluation.md or cannot be read, all together; and if memory or open files run out.
+    docs/evaluation.md or cannot be read, all together; and if memory or threads run out.
     """
-    wrong: dict[int, tuple[str, str]] = {}
+    wrong: dict[str, str] = {}
+    fewer = f"lower workers, which is {workers}, or allow the process more"
 
     def fill(numbers: range) -> None:
         for n in numbers:
             try:
                 images[n] = _decode(files[n], image_size)
             except Unusable as error:
-                wrong[n] = f"{files[n]} cannot be read as an image ({error})", "mend or remove it"
+                wrong[f"{files[n]} cannot be read as an image ({error})"] = "mend or remove it"
             except MemoryError:
-                raise UserError(f"{files[n]}: not enough memory, {_fewer(workers)}") from None
+                wrong[f"{files[n]} cannot be read (not enough memory)"] = fewer
             except OSError as error:
-                if error.errno in SHORTAGES:
-                    raise UserError(f"{files[n]}: {error.strerror}, {_fewer(workers)}") from None
-                wrong[n] = f"{files[n]} cannot be read ({error.strerror})", "make it readable"
+                remedy = fewer if error.errno in SHORTAGES else "make it readable"
+                wrong[f"{files[n]} cannot be read ({error.strerror})"] = remedy
 
     try:
         images = np.empty((len(files), 3, image_size, image_size), np.uint8)
@@ -66,26 +64,18 @@ def decode(files: list[Path], image_size: int, workers: int) -> Tensor:
         except RuntimeError as error:  # of threading
             if "start new thread" not in str(error):
                 raise
-            raise UserError(f"{error}: {_fewer(workers)}") from None
-    refuse([wrong[n] for n in sorted(wrong)])
+            raise UserError(f"{error}: {fewer}") from None
+    refuse(wrong)
     return torch.from_numpy(images)
 
 
-def refuse(problems: list[tuple[str, str]]) -> None:
-    """Raise UserError for problems (what, remedy), if any: their number, and the first ten."""
-    if not problems:
-        return
-    number = f"{len(problems):,} files or folders: " if len(problems) > 1 else ""
-    more = f"; and {len(problems) - 10:,} more" if len(problems) > 10 else ""
-    what = "; ".join(what for what, _ in problems[:10])
-    remedies = ", or ".join(dict.fromkeys(remedy for _, remedy in problems))
-    raise UserError(f"{number}{what}{more}: {remedies}")
-
-
-def _fewer(workers: int) -> str:
-    if workers == 1:
-        return "with one file read at once: more must be free, or allowed to the process"
-    return f"with {workers} files read at once: lower workers"
+def refuse(problems: dict[str, str]) -> None:
+    """Raise UserError for problems and their remedies, if any: their number, and the first ten."""
+    if problems:
+        number = f"{len(problems):,} files or folders: " if len(problems) > 1 else ""
+        more = f"; and {len(problems) - 10:,} more" if len(problems) > 10 else ""
+        remedies = ", or ".join(dict.fromkeys(problems.values()))
+        raise UserError(f"{number}{'; '.join(sorted(problems)[:10])}{more}: {remedies}")
 
 
 @contextmanager
@@ -110,134 +100,82 @@ def _decode(path: Path, size: int) -> np.ndarray:
     image of that size is returned bit by bit. What is transparent is white.
     """
     image = _open(path)
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_in_8_bits(np.asarray(image), image.info.get("transparency")))
     with _pillow():
-        clear = image.has_transparency_data
-        rgb = _on_white(image) if clear else image.convert("RGB")
-    if clear and _contrast(rgb) < CONTRAST <= _contrast(image):
-        raise Unusable("what it shows cannot be seen on white, where it is transparent")
+        rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
     return np.asarray(ImageOps.fit(rgb, (size, size), BILINEAR)).transpose(2, 0, 1)
 
 
 def _open(path: Path) -> Image.Image:
-    """The image in a file, 8 bits a channel; if need be, by what the file is without metadata."""
+    """The image in a file; if need be, in what the file is without metadata."""
     try:
         return _load(path)
     except Unusable:
-        for bare in without_metadata(path.read_bytes()):
-            with suppress(Unusable):
-                return _load(io.BytesIO(bare))
-        raise
+        bare = without_metadata(path.read_bytes())
+        if bare is None:
+            raise
+    return _load(io.BytesIO(bare))
 
 
 def _load(source: Path | io.BytesIO) -> Image.Image:
-    """The image in a file, upright, 8 bits a channel, in one of Pillow's modes."""
+    """The image in a file, upright, in one of Pillow's modes: colours of 16 bits by the high 8."""
     with _pillow():
         file = Image.open(source)
         pages = file.n_frames if getattr(file, "is_animated", False) else 1
     with file:
         if pages > 1 and file.format != "MPO":  # a photo and its preview
             raise Unusable(f"it has {pages} frames")
-        layout = _layout(file)
+        tags = file.tag_v2 if file.format == "TIFF" else {}
+        planes = tags.get(284) == 2 and tags.get(258, ()).count(16) > 1  # 258: bits of each channel
+        if planes or (tags.get(262) == 0 and file.mode[0] in "IF"):  # Pillow misreads both
+            raise Unusable("TIFF with 16 bits in planes or with 0 as white: save it as PNG")
+        deep = file.format in ("PNG", "TIFF") and ";16" in str(file.tile[:1])  # not BMP's 5, 6, 5
         with _pillow():
             file.load()
-        image = file
-        if file.mode[0] in "IF":
-            image = _in_8_bits(np.asarray(file)[..., None], "L", file.info.get("transparency"))
-        elif layout == "signed":
-            image = _in_8_bits(np.asarray(file).view(np.int8)[..., None], "L", None)
-        elif ";16" in layout:
-            image = _in_8_bits(*_both_bytes(file, layout, source), file.info.get("transparency"))
-        if layout == "white is 0":
-            image = ImageOps.invert(image)
-        try:
-            with _pillow():
-                turn = TURNS.get(file.getexif().get(0x0112))
-        except Unusable:  # metadata that cannot be read
-            turn = None
-        return image if turn is None else image.transpose(turn)
+        if deep and file.mode[0] != "I":
+            _check_high_bytes(file)
+        turn = None
+        with suppress(Unusable), _pillow():  # ignored where it cannot be read
+            turn = TURNS.get(file.getexif().get(0x0112))
+        return file if turn is None else file.transpose(turn)
 
 
-def _layout(file: Image.Image) -> str:
-    """How samples lie in a file, by Pillow's names, where that is more than the mode says.
+def _check_high_bytes(image: Image.Image) -> None:
+    """Raise Unusable if colours of 16 bits reach over less than a quarter of their range.
 
-    Raises Unusable where Pillow takes them for others.
+    So do 14 bits or fewer; they would need the low bytes, which Pillow drops.
     """
-    codec, _, _, arguments = file.tile[0] if file.tile else ("", None, 0, "")
-    layout = str(arguments[0] if isinstance(arguments, tuple) else arguments)
-    if file.format == "SGI" and (codec == "SGI16" or arguments[-1] == 2):
-        raise Unusable("SGI with 16 bits a channel: save it as PNG")
-    if file.format == "TIFF":
-        tags = file.tag_v2
-        planes = tags.get(284) == 2 and 16 in tags.get(258, ())
-        if planes or "RGBa;16" in layout or (codec == "libtiff" and layout[-2:] in ("BS", "BF")):
-            raise Unusable("TIFF whose planes or byte order Pillow mistakes: save it as PNG")
-        if tags.get(339) == (2,) and file.mode == "L":
-            return "signed"
-        if tags.get(262) == 0 and file.mode[0] in "IF":
-            return "white is 0"
-    return layout if file.format in ("PNG", "TIFF") else ""
+    levels = np.asarray(image.convert("RGB"))
+    low, high = 256 * int(levels.min()), 256 * int(levels.max()) + 255
+    if high - low < 2**14:
+        raise Unusable(f"its values reach from {low} to {high}: stretch them to 16 bits")
 
 
-def _both_bytes(
-    file: Image.Image, layout: str, source: Path | io.BytesIO
-) -> tuple[np.ndarray, str]:
-    """The samples of 16 bits of which Pillow keeps the high byte: (H, W, channels), and the mode.
+def _in_8_bits(values: np.ndarray, transparent: int | None) -> np.ndarray:
+    """Floats in [0, 1], or integers by the fewest BITS that hold them all, to uint8.
 
-    The file is read again, with the bytes the other way round. LA has no such way: as RGBA it is
-    read byte by byte.
+    The `transparent` value becomes white. Raises Unusable for values out of these ranges, and if
+    fewer than CONTRAST levels remain of several.
     """
-    name, order = layout.split(";16")
-    other = "RGBA" if name == "LA" else f"{name};16{OTHER_ORDER[order]}"
-    with _pillow(), Image.open(source) as again:
-        again.tile = [
-            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
-            for tile in again.tile
-        ]
-        again.load()
-        low = np.asarray(again).astype(np.uint16)
-    if name == "LA":
-        return low[..., ::2] * 256 + low[..., 1::2], "LA"
-    return np.asarray(file) * np.uint16(256) + low, file.mode
-
-
-def _in_8_bits(values: np.ndarray, mode: str, transparent: object) -> Image.Image:
-    """An image of `mode` from values (H, W, channels); `transparent`: a colour that is."""
-    colours = values[..., :-1] if mode in ("LA", "RGBA") else values
-    parts = [_scaled(colours)]
-    if mode in ("LA", "RGBA"):
-        parts.append(_scaled(values[..., -1:], contrast=0))
-    elif transparent is not None:
-        mode += "A"
-        parts.append(255 * (values != transparent).any(-1, keepdims=True))
-    pixels = np.concatenate(parts, -1).astype(np.uint8)
-    return Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes())
-
-
-def _scaled(values: np.ndarray, contrast: int = CONTRAST) -> np.ndarray:
-    """Floats in [0, 1], or integers by the fewest BITS that hold them all, to [0, 255].
-
-    Raises Unusable for others, and if fewer than `contrast` levels remain of more.
-    """
-    low, high = np.fmin.reduce(values, None), np.fmax.reduce(values, None)  # without nan
-    whole = values.dtype.kind != "f"
-    limit = next((2**bits - 1 for bits in BITS if high < 2**bits), 0) if whole else 1
-    nan = np.isnan(values).any()
-    found = f"its values reach from {low:g} to {high:g}{' and nan' if nan else ''}"
-    if not 0 <= low <= high <= limit or nan:
+    low, high = values.min(), values.max()
+    limit = next((2**bits - 1 for bits in BITS if high < 2**bits), 0)
+    limit = 1 if values.dtype.kind == "f" else limit
+    found = f"its values reach from {low:g} to {high:g}"
+    if not 0 <= low <= high <= limit:  # nor for nan
         raise Unusable(f"{found}: integers may be 0 to 65535, floats 0 to 1")
-    scaled = np.rint(values * np.float32(255 / limit))
-    levels = scaled.max() - scaled.min()
-    if levels < contrast and levels < (high - low if whole else 255 * (high > low)):
-        raise Unusable(f"{found}, which would be {levels + 1:g} of 256 levels")
+    scaled = np.rint(values * np.float32(255 / limit)).astype(np.uint8)
+    if low < high and np.ptp(scaled) < CONTRAST:
+        raise Unusable(f"{found}, which would be {np.ptp(scaled) + 1} of 256 levels")
+    scaled[values == transparent] = 255
     return scaled
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """In RGB; what is transparent is white."""
-    image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _contrast(image: Image.Image) -> int:
-    """The largest difference within red, green, blue or alpha."""
-    return max(high - low for low, high in image.convert("RGBA").getextrema())
+    """In RGB, where it is transparent white; raises Unusable if it then has no more CONTRAST."""
+    image = image.convert("RGBA")
+    rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    before, after = (max(high - low for low, high in i.getextrema()) for i in (image, rgb))
+    if after < CONTRAST <= before:
+        raise Unusable("what it shows cannot be seen on white, where it is transparent")
+    return rgb

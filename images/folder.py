@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from images.decode import decode, refuse
@@ -35,41 +35,36 @@ def list_folder(root: Path, within: Path) -> Listing:
     Raises UserError if that is neither folder nor image, and for a folder that is a link out of
     `within`.
     """
-    try:
-        visible = {path for path in root.iterdir() if path.name[0] != "."}
-        folders = {path for path in visible if path.is_dir()}
-    except OSError as error:
+    problems: dict[str, str] = {}
+    classes, images, others = next(_visible(root, problems), ([], [], []))
+    if problems:
         raise UserError(
-            f"{root} cannot be read ({error.strerror}): dataset=folder needs images in "
-            "data_dir/train/, and for labels in data_dir/train/<class>/ and data_dir/test/<class>/"
-        ) from None
-    classes = {path for path in folders if path.name.casefold() not in LITTER}
-    refuse([*_links((root, *sorted(classes)), within)])
-    images = {path for path in visible - folders if _is_image(path)}
-    others = sorted(visible - classes - images)
-    if not classes and not images:
-        raise UserError(
-            f"{root} has no image{_but(others)}: add some, for labels in {root}/<class>/"
+            f"{''.join(problems)}: dataset=folder needs images in data_dir/train/, and for labels "
+            "in data_dir/train/<class>/ and data_dir/test/<class>/"
         )
-    return Listing(sorted(path.name for path in classes), sorted(images), others)
+    refuse(_wrong_links([root, *classes], within, to_folders=True))
+    if not classes and not images:
+        what = f"{root} has no image{_but(others)}"
+        raise UserError(f"{what}: add some, for labels in {root}/<class>/")
+    return Listing([path.name for path in classes], images, others)
 
 
 def name_few(files: list[Path], root: Path | None = None) -> str:
-    """The first three names, or paths from `root`, and how many files there are besides."""
+    """The first three names, or paths from `root`, and how many files there are besides.
+
+    In one line, with escapes for what is not UTF-8 in names, which no log takes.
+    """
     more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
     names = (path.relative_to(root).as_posix() if root else path.name for path in files[:3])
-    return ", ".join(names) + more
+    line = ", ".join(names).encode(errors="backslashreplace").decode()
+    return " ".join(line.split()) + more
 
 
 def name_others(root: Path, others: Iterable[Path]) -> Iterator[str]:
-    """A remark for each kind of what was left out of `root`: the first names and the number."""
-    kinds = {"no images by their extension": [], "of other programs": []}
-    files, litter = kinds.values()
-    for path in sorted(others):
-        (litter if path.name.casefold() in LITTER else files).append(path)
-    for kind, paths in kinds.items():
-        if paths:
-            yield f"left out of {root}, {kind}: {name_few(paths, root)}"
+    """A remark about what was left out of `root`, if anything: the first names and the number."""
+    if others:
+        names = name_few(sorted(others), root)
+        yield f"left out of {root}, no images by their extension or of other programs: {names}"
 
 
 def load_images(
@@ -81,12 +76,7 @@ def load_images(
     """
     [files], others = find_images([folder], within)
     images = decode(files, image_size, workers)
-    return files, images, tuple(map(printable, name_others(folder, others)))
-
-
-def printable(text: str) -> str:
-    """The text in one line, with escapes for what is not UTF-8 in names and which no log takes."""
-    return " ".join(text.encode(errors="backslashreplace").decode().split())
+    return files, images, tuple(name_others(folder, others))
 
 
 def find_images(
@@ -97,38 +87,40 @@ def find_images(
     Raises UserError, for all folders together, if one has no image or cannot be read, and for links
     to folders, to nothing or out of `within` (None: out of the folder).
     """
-    found, others, problems = [], [], []
+    found, others, problems = [], [], {}
     for folder in folders:
-        images, left_out, wrong = _walk(folder, within or folder)
+        images, left_out, wrong = [], [], {}
+        for below, shown, more in _visible(folder, wrong):
+            wrong |= _wrong_links(below + shown, within or folder)
+            images += shown
+            left_out += more
         if not images and not wrong:
-            what = f"{folder} has no image{_but(left_out)}"
-            wrong = [(what, "add some, or leave the folder out")]
+            wrong[f"{folder} has no image{_but(left_out)}"] = "add some, or leave the folder out"
         found.append(sorted(images))
         others += left_out
-        problems += wrong
+        problems |= wrong
     refuse(problems)
     return found, others
 
 
-def _walk(folder: Path, within: Path) -> tuple[list[Path], list[Path], list[tuple[str, str]]]:
-    """Images below a folder, what is left out, and problems."""
-    images, others, problems = [], [], []
+def _visible(
+    folder: Path, problems: dict[str, str]
+) -> Iterator[tuple[list[Path], list[Path], list[Path]]]:
+    """Folders, images and others, sorted, directly in the folder and then in each one below it.
+
+    Hidden ones are none of them; litter is one of the others. `problems` gets what cannot be read.
+    """
 
     def unreadable(error: OSError) -> None:
-        problems.append((f"{error.filename} cannot be read ({error.strerror})", "make it readable"))
+        problems[f"{error.filename} cannot be read ({error.strerror})"] = "make it readable"
 
     for directory, folders, names in os.walk(folder, onerror=unreadable):
-        below = [Path(directory, name) for name in sorted(folders) if name[0] != "."]
-        others += (path for path in below if path.name.casefold() in LITTER)
-        below = [path for path in below if path.name.casefold() not in LITTER]
-        folders[:] = [path.name for path in below]
-        problems += _links(below, within, to_folders=False)
-        files = [Path(directory, name) for name in names if name[0] != "."]
-        files = {path: _is_image(path) for path in files}
-        problems += _links((path for path, image in files.items() if image), within)
-        images += (path for path, image in files.items() if image and path.is_file())
-        others += (path for path, image in files.items() if not image)
-    return images, sorted(others), problems
+        litter = [name for name in folders if name.casefold() in LITTER]
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in litter)
+        files = sorted(name for name in litter + names if name[0] != ".")
+        images = [name for name in files if name.lower().endswith(_extensions())]
+        others = [name for name in files if not name.lower().endswith(_extensions())]
+        yield tuple([Path(directory, name) for name in some] for some in (folders, images, others))
 
 
 def _but(others: list[Path]) -> str:
@@ -136,35 +128,20 @@ def _but(others: list[Path]) -> str:
 
 
 @cache
-def _extensions() -> dict[str, bool]:
-    """Whether files with an extension are images; MPO, of cameras, Pillow opens as JPEG."""
-    extensions = Image.registered_extensions().items()  # this loads the formats
+def _extensions() -> tuple[str, ...]:
+    """Those of the formats that Pillow reads; MPO, of cameras, it opens as JPEG."""
+    formats = Image.registered_extensions()  # this loads them
     read = {*Image.OPEN, "MPO"} - UNREAD
-    return {suffix: kind in read for suffix, kind in extensions}
+    return tuple(extension for extension, name in formats.items() if name in read)
 
 
-def _is_image(path: Path) -> bool:
-    """Whether a file is an image: by its extension, or by its content if that says nothing."""
-    known = _extensions().get(path.suffix.lower())
-    if known is None and not path.is_symlink() and path.is_file():
-        try:
-            with Image.open(path) as file:
-                known = file.format not in UNREAD
-        except UnidentifiedImageError:
-            known = False
-        except Exception:  # `decode` says what is wrong
-            known = True
-    return bool(known)
-
-
-def _links(
-    paths: Iterable[Path], within: Path, to_folders: bool = True
-) -> Iterator[tuple[str, str]]:
-    """Problems: symbolic links out of `within`, to nothing, or to folders."""
-    for path in paths:
-        if path.is_symlink():
-            target = Path(os.path.realpath(path))
-            if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
-                yield f"{path} is a link out of {within}, or to nothing", "copy what is meant"
-            elif not to_folders:
-                yield f"{path} is a link to a folder, not followed", "copy what is meant"
+def _wrong_links(paths: list[Path], within: Path, to_folders: bool = False) -> dict[str, str]:
+    """Problems: symbolic links out of `within`, to nothing, or to folders unless those may be."""
+    problems = []
+    for path in filter(Path.is_symlink, paths):
+        target = Path(os.path.realpath(path))
+        if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
+            problems.append(f"{path} is a link out of {within}, or to nothing")
+        elif target.is_dir() and not to_folders:
+            problems.append(f"{path} is a link to a folder, not followed")
+    return dict.fromkeys(problems, "copy what is meant")

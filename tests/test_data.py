@@ -487,7 +487,7 @@ def test_images_in_no_class_folder_are_all_pretrained_on_without_labels(tmp_path
     assert found.classes == []
     train = tmp_path / "train"
     assert found.remarks == (
-        f"left out of {train}, no images by their extension: notes.txt",
+        f"left out of {train}, no images by their extension or of other programs: notes.txt",
         f"{train} has images in no class folder (b.png, d.JPG): all below it are taken without "
         "labels, so there is no kNN",
     )
@@ -524,7 +524,8 @@ def test_other_files_beside_class_folders_are_named_and_left_out(write_images, t
         found = load_split("folder", str(tmp_path), split, 8)
         [remark] = found.remarks
         folder = tmp_path / ("test" if split == "test" else "train")
-        assert remark.startswith(f"left out of {folder}, no images by their extension: {names}")
+        reason = "no images by their extension or of other programs"
+        assert remark.startswith(f"left out of {folder}, {reason}: {names}")
         assert found.classes == ["class0", "class1"]
         assert split == "test" or torch.equal(found.images, clean.images)
 
