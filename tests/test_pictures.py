@@ -233,7 +233,7 @@ def test_values_out_of_range_are_refused_with_the_range_found(refuse):  # noqa: 
                            sample=3, **grey),
         "0 to 0.001": tiff(FLOAT / 1000, sample=3, **grey),
         "-2000 to 2095": tiff((TWELVE[..., :1].astype(int) - 2000).astype("i2"), sample=2, **grey),
-        "0 to 409500": tiff(TWELVE[..., :1] * np.uint32(100), **grey),
+        "0 to 409500": tiff(TWELVE[..., :1].astype("u4") * 100, **grey),
         "40000 to 40255": png(40000 + GREY.astype(int), colour=0),
         "0 to 4095: stretch": png(TWELVE),
         "0 to 4095: stretch them": tiff(np.dstack([TWELVE, OPAQUE]), extra=[2]),
