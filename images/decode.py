@@ -130,6 +130,8 @@ def _load(source: Path | io.BytesIO) -> Image.Image:
         planes = tags.get(284) == 2 and tags.get(258, ()).count(16) > 1  # 258: bits of each channel
         if planes or (tags.get(262) == 0 and file.mode[0] in "IF"):  # Pillow misreads both
             raise Unusable("TIFF with 16 bits in planes or with 0 as white: save it as PNG")
+        if tags.get(339, (1,))[0] == 2 and file.mode[0] not in "IF":  # whose signs Pillow ignores
+            raise Unusable("TIFF with signed values of 8 bits: save it as PNG")
         deep = file.format in ("PNG", "TIFF") and ";16" in str(file.tile[:1])  # not BMP's 5, 6, 5
         with _pillow():
             file.load()

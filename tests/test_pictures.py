@@ -250,8 +250,9 @@ def test_bytes_that_pillow_mistakes_are_refused(refuse):  # noqa: F811
     save("planes.tif", tiff(FULL, planar=2))
     save("big planes.tif", tiff(TWELVE, planar=2, order=">"))
     save("white is 0.tif", tiff(FULL[..., :1], photometric=0))
-    line = refuse(1, "error: 3 files or folders", "simclr.py", *TRAIN)
-    for name in ("big planes.tif", "planes.tif", "white is 0.tif"):
+    save("signed.tif", tiff(GREY.astype("i1"), photometric=1, sample=2))
+    line = refuse(1, "error: 4 files or folders", "simclr.py", *TRAIN)
+    for name in ("big planes.tif", "planes.tif", "signed.tif", "white is 0.tif"):
         assert re.search(f"{name} cannot be read as an image [^;]*: save it as PNG", line), name
 
 
