@@ -41,7 +41,7 @@ RECIPE = [  # for short runs: docs/results.md
 VIEW_SIZES = "[[16,0.783],[24,0.174],[32,0.043]]"  # 18, 4 and 1 epochs
 
 
-def plain_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
+def plain_run(cfg: DictConfig, images: Tensor, workers: int = 2) -> Iterator[SimCLR]:
     """The plain pipeline; yields the model after each epoch."""
     torch.manual_seed(cfg.seed)
     model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim).to(select_device("auto"))
@@ -52,7 +52,7 @@ def plain_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
     transform = plain_transform(
         cfg.image_size, tuple(cfg.crop_scale), cfg.color_strength, cfg.grayscale_probability
     )
-    loader = plain_loader(images, cfg.batch_size, transform, cfg.seed)
+    loader = plain_loader(images, cfg.batch_size, transform, cfg.seed, workers)
     for epoch in range(cfg.epochs):
         for i, pair in enumerate(loader):
             rate = cosine_learning_rate(

@@ -40,6 +40,33 @@ PRODUCT = sorted(  # all Python files but tests and benchmarks
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--device=cuda: those tests alone that ask for the device, on it (benchmarks/gpu.py)."""
+    parser.addoption("--device", default="cpu", help="where tests that ask for a device run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device than the CPU, leave out the tests that do not ask for it."""
+    if config.getoption("--device") != "cpu":
+        others = [item for item in items if "device" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the test computes: the option --device."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def gpu(device: torch.device) -> torch.device:
+    """The GPU; skips the test without --device=cuda."""
+    if device.type != "cuda":
+        pytest.skip("needs --device=cuda")
+    return device
+
+
 def obey_permissions() -> None:
     """In a child process before its program starts: root too may only do what permissions say."""
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -85,9 +112,10 @@ def write_images() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def toy(tmp_path) -> Callable[..., DictConfig]:
+def toy(tmp_path, request) -> Callable[..., DictConfig]:
     """A config for runs of a second: 24 training and 9 test images of 3 classes, 8×8 pixels."""
-    return partial(toy_config, make_images(tmp_path / "images", train=8, test=3))
+    data = make_images(tmp_path / "images", train=8, test=3)
+    return partial(toy_config, data, f"device={request.config.getoption('--device')}")
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:

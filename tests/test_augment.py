@@ -35,12 +35,13 @@ def per_image(n: int, low: float, high: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [12, 32, 40])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
-def test_crop_and_flip_equal_torchvisions_for_the_same_box(size, height, width):
+def test_crop_and_flip_equal_torchvisions_for_the_same_box(device, size, height, width):
     x = images(64, height, width)
     u = augment.draw(64, torch.Generator().manual_seed(1))
     boxes = augment.sample_boxes(x.shape, u[augment.BOX], SCALE)
     flip = torch.arange(64) % 2 == 0
-    found = augment.crop_flip(x, boxes, flip, size)
+    there = tuple(box.to(device) for box in boxes)
+    found = augment.crop_flip(x.to(device), there, flip.to(device), size).cpu()
     for n, (top, left, h, w) in enumerate(zip(*(box.tolist() for box in boxes), strict=True)):
         expected = tvf.resized_crop(x[n], top, left, h, w, [size, size], antialias=True)
         expected = tvf.hflip(expected) if flip[n] else expected
@@ -63,7 +64,7 @@ TORCHVISION = {
 }
 
 
-def test_color_jitter_equals_torchvisions_operations_in_every_order():
+def test_color_jitter_equals_torchvisions_operations_in_every_order(device):
     n = 8
     x = images(n)
     amounts = torch.stack([per_image(n, 0.6, 1.4), per_image(n, 1.4, 0.6), per_image(n, 0.2, 1.8),
@@ -71,9 +72,8 @@ def test_color_jitter_equals_torchvisions_operations_in_every_order():
     seen = []
     for order in itertools.permutations(range(4)):
         blends = torch.tensor([op for op in order if op != HUE])[:, None].expand(3, n)
-        jittered = augment.color_jitter(
-            x.clone(), amounts[:3], amounts[3], blends, order.index(HUE)
-        )
+        drawn = (part.to(device) for part in (x.clone(), amounts[:3], amounts[3], blends))
+        jittered = augment.color_jitter(*drawn, order.index(HUE)).cpu()
         expected = x
         for op in order:
             expected = torch.stack(
@@ -394,6 +394,15 @@ def test_images_and_drawn_numbers_are_left_as_they_are():
         before = x.clone(), u.clone()
         augment.random_views(x, u, 8, SCALE, 0.5, 0.5, 0.2)
         assert torch.equal(x, before[0]) and torch.equal(u, before[1])
+
+
+def test_views_on_a_gpu_are_those_of_a_cpu(gpu):
+    x = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
+    u = augment.draw(256, torch.Generator().manual_seed(0), blur=True)
+    for size in (16, 24, 32):
+        settings = size, SCALE, 0.5, 0.5, 0.2, 0.5
+        found, expected = (augment.random_views(x.to(d), u.to(d), *settings) for d in (gpu, "cpu"))
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=0)
 
 
 def test_one_graph_without_breaks_gives_the_same_views():

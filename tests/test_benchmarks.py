@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ COMMANDS = {
     "augment.py --batch 8 --repeats 1 --no-compile": "augment_eager_vs_torchvision",
     "step.py --batch 4 --repeats 1": "step_eager_vs_plain",
     "linear_eval.py --epochs 2 --images 1 --repeats 1": "linear_eval_vs_every_epoch",
-    "gpu.py --batch 8 --images 16 --sizes 8 --steps 2 --workers 1": "ms",
     "memory.py --backbone resnet18 --batch 4": "resnet18_4_bf16_checkpointed",
     "memory.py --backbone resnet18 --batch 4 --micro 2": "resnet18_4_bf16",
     "placement.py --size 32 --batch 4 --images 8 --repeats 1": "host_vs_device",
@@ -40,6 +40,46 @@ def benchmark(call, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_benchmark_runs_and_its_last_line_is_json(benchmark, command):
     assert benchmark(*command.split())[COMMANDS[command]] > 0
+
+
+def lines(text):
+    """What each line of JSON says, by its "what"."""
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return {line.pop("what"): line for line in found if "what" in line}
+
+
+def test_the_hour_with_a_gpu_runs_on_a_cpu_too(benchmark, call, write_images, tmp_path):
+    """Every part, with the scripts and the tests as they are started there."""
+    data = write_images(tmp_path / "images", train=8, test=3)
+    small = "--batch 8 --backbones resnet18 --sizes 8 --steps 2 --epochs 1 --workers 1 --minutes 0"
+    tests = "--tests", "tests/test_models.py::test_nt_xent_is_algorithm_1"
+    run = "image_size=8", "view_sizes=[[8,1]]", "finetune_epochs=1", "min_learning_rate=0"
+    benchmark("gpu.py", str(data), *small.split(), *tests, "--run", *run)
+    said = lines(call.stdout)
+    assert said == lines((tmp_path / "gpu.jsonl").read_text())
+    assert not [what for what in said if "failed" in what], said
+    assert said["tests"]["code"] == 0 and "15 passed" in said["tests"]["summary"]
+    assert said["a graph is bit for bit the eager step"]["same"]
+    assert said["resnet18, 8 pixels, eager"]["epoch_seconds"] > 0
+    assert {*said} > {"plain pipeline, 1 epochs", "simclr.py, 1 epochs", "runs took"}
+    for recipe in ("simsiam", "fast"):
+        found = said[f"recipe={recipe}"]
+        assert found["epochs"] == len(found["knn"]) == 1 and found["scores"].keys() > {
+            "knn",
+            "linear",
+        }
+
+
+def test_the_race_ends_at_the_first_checkpoint_that_stays_above(benchmark, call, write_images):
+    data = write_images(Path("images"), train=8, test=3)
+    run = ["image_size=8", "view_sizes=[[8,1]]", "batch_size=8", "epochs=3", "hidden_dim=16"]
+    small = "--seed", "0", "1", "--batch", "8", "--repeats", "1", "--run", *run
+    found = benchmark("race.py", str(data), "--target", "0", *small)
+    assert 0 < found["seconds"] < 100 and found["plain_steps"] > 0
+    times = [line for line in call.stdout.splitlines() if "epoch" in line]
+    assert [line.split("epoch")[1][0] for line in times] == ["3", "2", "1"] * 2
+    assert benchmark("race.py", str(data), "--target", "100.1", *small)["seconds"] is None
+    assert "seed 1 does not reach 100.1 %" in call.stdout
 
 
 def test_memory_of_resnet50_at_batch_512_fits_11_gigabytes(benchmark):

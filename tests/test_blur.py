@@ -36,10 +36,9 @@ def test_blur_equals_torchvisions_with_a_kernel_of_a_tenth_of_the_side(size, ker
     assert size < 20 or (found[4] - x[4]).abs().max() > 0.1  # so that the comparison can fail
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_blur_on_a_gpu_is_in_float32_too():
+def test_blur_on_a_gpu_is_in_float32_too(gpu):
     x, sigma = noise(64, 224), torch.linspace(0.1, 2, 64)
-    found = augment.gaussian_blur(x.cuda(), sigma.cuda()).cpu()
+    found = augment.gaussian_blur(x.to(gpu), sigma.to(gpu)).cpu()
     torch.testing.assert_close(found, theirs(x, sigma, 23), atol=1e-5, rtol=0)  # TF32: 1e-3
 
 

@@ -9,8 +9,6 @@ import simclr
 from training.graph import EAGER_STEPS, GraphedStep
 from training.optim import set_learning_rate
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 
 class FakeGraph:
     """Replays by calling the step with the tensors of the recording."""
@@ -57,12 +55,11 @@ def test_a_replayed_step_gets_batch_noise_and_learning_rate_of_each_step(monkeyp
     assert len(made) == 2
 
 
-@NEEDS_GPU
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_training_with_graphs_is_bit_for_bit_training_without(toy, thin, monkeypatch, optimizer):
+def test_training_with_graphs_is_bit_for_bit_training_without(gpu, toy, thin, optimizer):
     sizes = "view_sizes=[[8,0.5],[16,0.5]]"
-    cfg = toy("device=cuda", "epochs=4", "knn_interval=0", f"optimizer={optimizer}", sizes)
-    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, device="cuda")
+    cfg = toy("epochs=4", "knn_interval=0", f"optimizer={optimizer}", sizes)
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, device=gpu)
 
     class Record:
         def __init__(self):
@@ -75,7 +72,7 @@ def test_training_with_graphs_is_bit_for_bit_training_without(toy, thin, monkeyp
             training.end_epoch({})
 
     def run(graphed):
-        training = simclr.start_training(cfg, torch.device("cuda"), 32)
+        training = simclr.start_training(cfg, gpu, 32)
         assert training.graphed
         training.graphed = graphed
         record = Record()

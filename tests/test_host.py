@@ -1,6 +1,6 @@
 """Images in host memory: when, and that they give the same numbers as images on the device.
 
-Without a GPU the copies are those of a CPU to itself; the tests marked `gpu` need CUDA.
+Without a GPU the copies are those of a CPU to itself; tests that ask for `gpu` need --device=cuda.
 """
 
 import json
@@ -23,7 +23,6 @@ from system.errors import Stopped
 
 CPU = torch.device("cpu")
 TIMED = "views_per_second", "seconds"
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.fixture
@@ -190,14 +189,12 @@ def test_predictions_and_pictures_from_host_memory(thin, toy, trained, tmp_path,
     assert sizes
 
 
-@gpu
-def test_batches_are_complete_and_not_overwritten_while_the_gpu_is_behind():
+def test_batches_are_complete_and_not_overwritten_while_the_gpu_is_behind(gpu):
     """The GPU sleeps before it reads a batch: the next ones are gathered and copied meanwhile."""
-    device = torch.device("cuda")
     images = torch.randint(0, 256, (512, 3, 224, 224), dtype=torch.uint8)
     rows = torch.stack([torch.randperm(512)[:128] for _ in range(12)])
     sums = []
-    for batch in batches(HostImages(images, device), rows.to(device)):
+    for batch in batches(HostImages(images, gpu), rows.to(gpu)):
         assert batch.device.type == "cuda"
         torch.cuda._sleep(50_000_000)  # clock cycles: about 30 ms
         sums.append(batch.flatten(1).sum(dim=1, dtype=torch.int64))
@@ -206,10 +203,8 @@ def test_batches_are_complete_and_not_overwritten_while_the_gpu_is_behind():
     assert torch.equal(torch.stack(sums).cpu(), expected)
 
 
-@gpu
-def test_a_batch_does_not_wait_for_the_gpu():
-    device = torch.device("cuda")
-    images = HostImages(torch.zeros(64, 3, 224, 224, dtype=torch.uint8), device)
+def test_a_batch_does_not_wait_for_the_gpu(gpu):
+    images = HostImages(torch.zeros(64, 3, 224, 224, dtype=torch.uint8), gpu)
     rows = torch.arange(64).view(4, 16)
     list(batches(images, rows))  # allocates
     torch.cuda.synchronize()
@@ -220,13 +215,12 @@ def test_a_batch_does_not_wait_for_the_gpu():
     assert not torch.cuda.current_stream().query()  # the GPU is still busy
 
 
-@gpu
-def test_training_on_a_gpu_is_the_same_from_host_memory(toy, thin, tmp_path, monkeypatch):
+def test_training_on_a_gpu_is_the_same_from_host_memory(gpu, toy, thin, tmp_path, monkeypatch):
     weights = []
     for fits in (True, False):
         monkeypatch.setattr(host, "fits", lambda images, device, fits=fits: fits)
         run = tmp_path / str(fits)
         run.mkdir()
-        simclr.pretrain(toy("device=cuda", "compile=false"), run)
+        simclr.pretrain(toy("compile=false"), run)
         weights.append(load_checkpoint(run / "simclr_resnet18_epoch2.pt")["model"])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -36,18 +36,18 @@ def pairs(n: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 33])
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
-def test_nt_xent_is_algorithm_1(n, temperature):
+def test_nt_xent_is_algorithm_1(device, n, temperature):
     z1, z2 = pairs(n, 5)
-    loss, _ = nt_xent(z1, z2, temperature)
+    loss, _ = nt_xent(z1.to(device), z2.to(device), temperature)
     expected = algorithm_1(z1.double().numpy(), z2.double().numpy(), temperature)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_gradient_is_that_of_algorithm_1():
+def test_gradient_is_that_of_algorithm_1(device):
     """By central differences of the transcription, for every coordinate of both views."""
     z1, z2 = (z.requires_grad_() for z in pairs(4, 3))
-    nt_xent(z1, z2, 0.5)[0].backward()
+    nt_xent(z1.to(device), z2.to(device), 0.5)[0].backward()
     values = [z.detach().double().numpy() for z in (z1, z2)]
     for view, z in enumerate((z1, z2)):
         for index in np.ndindex(4, 3):
@@ -82,11 +82,11 @@ def test_low_temperature_does_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_input_is_computed_in_float32_under_autocast(dtype):
+def test_half_precision_input_is_computed_in_float32_under_autocast(device, dtype):
     z1, z2 = (z.to(dtype) for z in pairs(32, 16))
     expected = algorithm_1(z1.double().numpy(), z2.double().numpy(), 0.1)
-    with torch.autocast("cpu", dtype=dtype):
-        loss, _ = nt_xent(z1, z2, 0.1)
+    with torch.autocast(device.type, dtype=dtype):
+        loss, _ = nt_xent(z1.to(device), z2.to(device), 0.1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -216,14 +216,14 @@ def test_nt_xent_holds_two_matrices_of_all_pairs_at_most():
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputed_blocks_give_the_same_gradients_and_running_statistics(backbone, dtype):
+def test_recomputed_blocks_give_the_same_gradients_and_running_statistics(device, backbone, dtype):
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = SimCLR(backbone, 16, 32, activation_checkpointing=recompute).train()
+        model = SimCLR(backbone, 16, 32, activation_checkpointing=recompute).train().to(device)
         for _ in range(2):  # a second pass, to see that the statistics moved on once
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                _, z = model(torch.rand(8, 3, 16, 16))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                _, z = model(torch.rand(8, 3, 16, 16).to(device))
             nt_xent(*z.chunk(2))[0].backward()
         gradients = {name: weight.grad for name, weight in model.named_parameters()}
         found.append((gradients, dict(model.named_buffers())))

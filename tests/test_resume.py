@@ -73,7 +73,7 @@ def lines(folder):
 def plain(value):
     """Tensors as bytes, so that == compares every bit."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, (*value.shape,), value.contiguous().numpy().tobytes()
+        return value.dtype, (*value.shape,), value.cpu().contiguous().numpy().tobytes()
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -94,7 +94,7 @@ def outcome(folder, epochs=3):
     ids=["first step", "first epoch", "epoch's end", "second epoch", "last step", "twice in a row",
          "three times"],
 )  # fmt: skip
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, views, stops):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(device, run, views, stops):
     """Weights, momentum, metrics, order of the images, views: wherever it was stopped."""
     whole = run("whole")
     seen = [view.clone() for view in views]
@@ -102,7 +102,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, views, stops):
     for stop in stops:
         run("stopped", stop=stop)
     assert outcome(run("stopped")) == outcome(whole)
-    assert len(views) == 9 and all(map(torch.equal, views, seen))
+    if device.type == "cpu":  # a CUDA graph makes them where the last ones were
+        assert len(views) == 9 and all(map(torch.equal, views, seen))
 
 
 def test_a_saved_state_is_freed_once_it_is_restored(run, monkeypatch):
@@ -134,7 +135,7 @@ def test_the_ranks_compare_the_states_that_they_see(run, monkeypatch):
     assert seen == [((-1, 0), found), ((1, 2), found), ((3, 0), found)]
 
 
-def test_lars_is_resumed_with_its_velocity(run):
+def test_lars_is_resumed_with_its_velocity(device, run):
     settings = "optimizer=lars", "warmup_epochs=1", "learning_rate=4", "micro_batch_size=4"
     whole = run("whole", *settings)
     run("stopped", *settings, stop=5)
@@ -197,7 +198,7 @@ def test_ranks_that_would_compute_in_different_precisions_are_refused(monkeypatc
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_is_resumed_with_its_scaler(run, precision):
+def test_every_precision_is_resumed_with_its_scaler(device, run, precision):
     whole = run("whole", f"precision={precision}")
     run("stopped", f"precision={precision}", stop=5)
     assert outcome(run("stopped", f"precision={precision}")) == outcome(whole)

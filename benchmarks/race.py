@@ -1,0 +1,118 @@
+"""The race: from the command to 60 % kNN accuracy on CIFAR-10, ResNet-18, without a GPU.
+
+    python benchmarks/race.py data/cifar10-jpeg                        # IMAGES, as docs/results.md
+    python benchmarks/race.py IMAGES --seed 0 --run recipe=simsiam batch_size=128 epochs=8
+
+For each seed it starts simclr.py on all training images of IMAGES (train/<class>/*, and test for
+the queries) and takes the time from the command to each epoch's checkpoint: imports, decoding and
+compiling count too. Then kNN of the checkpoints, which does not count: k = 10, cosine, the bank is
+all training images, the queries are all test images. The result is the first checkpoint from which
+on none is below the target.
+
+Machines differ, so the time is also given in plain steps: over the median time of a step of the
+plain pipeline (plain.py, batch 256), timed in this process before and after each run.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from harness import config, describe_machine, finish, parser, synchronize
+from plain import plain_loader, plain_step, plain_transform
+
+from evaluation.features import accuracy, clean_features, knn_scores
+from images.datasets import Split, load_split
+from models import SimCLR
+from system.checkpoint import load_encoder
+from system.device import select_device, select_precision
+
+RUN = ["recipe=fast", "epochs=6"]
+
+
+def plain_steps(cfg: DictConfig, train: Split, batch: int, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` steps of the plain pipeline, after one that does not count."""
+    device = select_device("auto")
+    model = SimCLR("resnet18").to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    colors = cfg.color_strength, cfg.grayscale_probability
+    transform = plain_transform(cfg.image_size, tuple(cfg.crop_scale), *colors)
+    loader = plain_loader(train.images[: batch * (repeats + 1)], batch, transform)
+    times = []
+    for pair in loader:
+        plain_step(model, optimizer, torch.cat(pair).to(device), cfg.temperature)
+        synchronize()
+        times.append(time.perf_counter())
+    return [b - a for a, b in pairwise(times)]
+
+
+def timed_run(overrides: list[str], run_dir: Path) -> list[tuple[float, Path]]:
+    """Run simclr.py; seconds from the command to each checkpoint, and its path, in order."""
+    script = Path(__file__).parent.parent / "simclr.py"
+    every = ["log_interval=1", "knn_interval=0", f"hydra.run.dir={run_dir}"]
+    start = time.time()
+    subprocess.run([sys.executable, script, *every, *overrides], check=True)
+    return sorted((path.stat().st_mtime - start, path) for path in run_dir.glob("*_epoch*.pt"))
+
+
+def knn(path: Path, size: int, train: Split, test: Split) -> float:
+    """kNN accuracy in % of a checkpoint, as simclr_lin.py has it."""
+    enc, _ = load_encoder(path)
+    device = train.images.device
+    dtype = select_precision("auto", device)
+    enc = enc.to(device, memory_format=torch.channels_last)
+    bank, queries = (clean_features(enc, part.images, size, 256, dtype) for part in (train, test))
+    return 100 * accuracy(knn_scores(bank, train.labels, queries, len(train.classes)), test.labels)
+
+
+def main() -> None:
+    """The runs, a line for each, and one JSON object as the last line."""
+    args = parser(__doc__)
+    args.add_argument("data", help="folder with train/<class>/* and test/<class>/*")
+    args.add_argument("--target", type=float, default=60.0, help="kNN accuracy in %%")
+    args.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    args.add_argument("--run", nargs="+", default=RUN, help=f"overrides (default: {RUN})")
+    args.add_argument("--batch", type=int, default=256, help="of a plain step")
+    args.add_argument("--repeats", type=int, default=3, help="plain steps before, and after")
+    args = args.parse_args()
+    describe_machine()
+    overrides = ["dataset=folder", f"data_dir={Path(args.data).resolve()}", *args.run]
+    cfg, device = config(*overrides), select_device("auto")
+    parts = (load_split("folder", args.data, part, cfg.image_size, 2) for part in ("train", "test"))
+    train, test = (part.to(device) for part in parts)
+    results: dict[str, list[float]] = {"seconds": [], "plain_steps": [], "knn": []}
+    for seed in args.seed:
+        with tempfile.TemporaryDirectory() as run_dir:
+            steps = plain_steps(cfg, train, args.batch, args.repeats)
+            checkpoints = timed_run([*overrides, f"seed={seed}"], Path(run_dir))
+            steps += plain_steps(cfg, train, args.batch, args.repeats)
+            first = None
+            for seconds, path in reversed(checkpoints):
+                found = knn(path, cfg.image_size, train, test)
+                print(f"seed {seed}: {seconds:.0f} s, {path.name}: kNN {found:.2f}", flush=True)
+                if found < args.target:
+                    break
+                first = seconds, seconds / median(steps), found
+        spread = f"{min(steps):.2f} to {max(steps):.2f} s"
+        print(f"seed {seed}: plain step {median(steps):.2f} s ({spread}, n = {len(steps)})")
+        if first is None:
+            print(f"seed {seed} does not reach {args.target:.1f} %")
+            continue
+        for name, value in zip(results, first, strict=True):
+            results[name].append(value)
+    for name, values in results.items():
+        spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+        print(f"{name:12} {mean(values):8.1f}{spread} (n = {len(values)})" if values else name)
+    finish({name: mean(values) if values else None for name, values in results.items()})
+
+
+if __name__ == "__main__":
+    main()
