@@ -6,8 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-OPTIMIZERS = ("sgd", "lars")
+OPTIMIZERS = ("sgd", "lars", "muon")
 TRUST = 0.001  # LARS trust coefficient, as in google-research/simclr
+TINY = 1e-7
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of Muon: five steps take 0.01 to 1 into 0.7 to 1.2
 FUSED = ("cuda", "mps", "cpu")  # devices on which torch updates all parameters in one kernel
 
 
@@ -18,10 +20,10 @@ def make_optimizer(
     weight_decay: float,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or LARS; `set_learning_rate` sets the rate at each step.
+    """SGD with Nesterov momentum, LARS or Muon; `set_learning_rate` sets the rate at each step.
 
-    SGD's weight decay applies to all parameters, as in the published repository; for LARS see its
-    docstring. `fused` updates all parameters in one kernel where the device has one; not with a
+    SGD's weight decay applies to all parameters, as in the published repository; for the others
+    see their docstrings. `fused` updates all parameters in one kernel where the device has one; not with a
     gradient scaler, since a first step that overflows leaves torch's fused momentum uninitialised
     (torch 2.14.1, torch/optim/sgd.py).
     Raises ValueError for a name that is not in `OPTIMIZERS`.
@@ -29,8 +31,8 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     parameters = list(parameters)
-    if name == "lars":
-        return LARS(parameters, momentum, weight_decay)
+    if name != "sgd":
+        return {"lars": LARS, "muon": Muon}[name](parameters, momentum, weight_decay)
     return torch.optim.SGD(
         parameters,
         lr=0.0,
@@ -75,6 +77,67 @@ class LARS(torch.optim.Optimizer):
                 velocity = state["momentum_buffer"]
                 velocity.mul_(group["momentum"]).add_(update * group["lr"])  # lr: maybe a tensor
                 weight.sub_(velocity)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon, momentum with orthogonal updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+        v ← μ·v + g,  UΣVᵀ = g + μ·v,  w ← w - η·|w|·UVᵀ/|UVᵀ|,  then w is scaled back to its |w|
+
+    η is the learning rate, μ the momentum. A convolution is a matrix of output channels × rest.
+    The update is relative to the weight, whose norm stays as it is: behind batch norm it has no
+    effect, and the projection is normalised. So η is the angle of a step, in radians, and there is
+    no weight decay; a weight of zeros stays. One-dimensional weights, which are the biases and batch norm, have SGD with
+    Nesterov momentum and weight decay. Costs about a fifth of a step of ResNet-18 with 128 images
+    of 16 pixels (docs/speed.md). No host sync.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
+        super().__init__(
+            parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every weight that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                gradient, matrix, state = weight.grad, weight.dim() > 1, self.state[weight]
+                if not matrix:
+                    gradient = gradient.add(weight, alpha=group["weight_decay"])
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(velocity, alpha=group["momentum"])
+                if not matrix:
+                    weight.sub_(update * group["lr"])  # lr: maybe a tensor
+                    continue
+                norm, update = weight.norm(), orthogonalise(update.flatten(1)).view_as(weight)
+                weight.sub_(update * (group["lr"] * norm / update.norm().clamp(min=TINY)))
+                weight.mul_(norm / weight.norm().clamp(min=TINY))
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """About UVᵀ for a matrix UΣVᵀ of any size: its singular values become 0.7 to 1.2.
+
+    Five steps of Newton-Schulz, x ← a·x + b·x³ + c·x⁵ for each singular value. They are applied to
+    the product of the matrix with its transpose, which is the smaller square: half the time of
+    multiplying the matrix itself in each step.
+    """
+    if len(matrix) > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    a, b, c = NEWTON_SCHULZ
+    matrix = matrix / matrix.norm().clamp(min=TINY)  # singular values up to 1
+    gram = matrix @ matrix.T  # UΣ²Uᵀ
+    total = torch.eye(len(gram), device=matrix.device)
+    for _ in range(5):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        total = factor @ total
+        gram = factor @ gram @ factor
+    return total @ matrix
 
 
 def cosine_learning_rate(
