@@ -8,7 +8,13 @@ import timm.optim
 import torch
 
 from models import SimCLR
-from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate, view_size
+from training.optim import (
+    cosine_learning_rate,
+    make_optimizer,
+    orthogonalise,
+    set_learning_rate,
+    view_size,
+)
 
 
 def test_cosine_goes_from_the_peak_to_the_floor():
@@ -111,10 +117,74 @@ def test_lars_agrees_with_timm_s():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_lars_reads_nothing_back():
+@pytest.mark.parametrize("shape", [(8, 8), (8, 30), (30, 8), (64, 27), (1, 5)])
+def test_orthogonalise_keeps_the_singular_vectors_and_makes_the_values_about_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix *= torch.logspace(0, -1, shape[1])  # singular values that differ
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.T @ orthogonalise(1e-3 * matrix) @ vh.T  # of any scale
+    assert s.max() > 2 * s.min() or min(shape) == 1
+    assert found.diagonal().min() > 0.65 and found.diagonal().max() < 1.25
+    torch.testing.assert_close(found, found.diagonal().diag(), atol=1e-4, rtol=0)
+
+
+def test_muon_turns_a_weight_by_the_learning_rate_and_keeps_its_norm():
+    """Two steps: momentum is Nesterov's, and a kernel is a matrix of output channels × the rest."""
+    weight = torch.nn.Parameter(torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(1)))
+    optimizer = make_optimizer("muon", [weight], momentum=0.9, weight_decay=0.1)
+    expected, velocity = weight.detach().flatten(1).clone(), torch.zeros(6, 12)
+    norm = expected.norm()
+    for seed, rate in ((2, 0.1), (3, 0.02)):
+        gradient = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+        step(optimizer, weight, gradient, rate)
+        velocity = 0.9 * velocity + gradient.flatten(1)
+        direction = orthogonalise(gradient.flatten(1) + 0.9 * velocity)
+        expected = expected - rate * norm * direction / direction.norm()
+        expected = expected * norm / expected.norm()
+        torch.testing.assert_close(weight.detach().flatten(1), expected)
+
+
+def test_muon_agrees_with_torch_s():
+    """torch's, for matrices alone, in bfloat16, turns and stretches: what turns is the same."""
+    ours, theirs = (torch.nn.Linear(40, 10, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    mine = make_optimizer("muon", ours.parameters(), momentum=0.9, weight_decay=0.0)
+    set_learning_rate(mine, 1e-3)
+    muon = torch.optim.Muon(theirs.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.0)
+    for seed in range(3):
+        before = ours.weight.detach().clone()
+        theirs.load_state_dict(ours.state_dict())
+        for layer in (ours, theirs):
+            layer.weight.grad = torch.randn(10, 40, generator=torch.Generator().manual_seed(seed))
+        mine.step(), muon.step()
+        a, b = (layer.weight.detach() - before for layer in (ours, theirs))
+        b = b - before * (b * before).sum() / before.square().sum()
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_muon_is_sgd_for_biases_and_batch_norm():
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2)]
+    pair = [make_optimizer(n, [w], 0.9, 0.1) for n, w in zip(("muon", "sgd"), weights, strict=True)]
+    for rate in (0.5, 0.4, 0.3):
+        for weight, optimizer in zip(weights, pair, strict=True):
+            step(optimizer, weight, weight.detach() ** 2, rate)
+    torch.testing.assert_close(*weights)
+
+
+def test_muon_moves_what_is_initialised_with_zeros():
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = make_optimizer("muon", [weight], momentum=0.9, weight_decay=0.0)
+    step(optimizer, weight, torch.zeros(2, 3), 0.1)  # nothing is divided by 0
+    assert torch.equal(weight.detach(), torch.zeros(2, 3))
+    step(optimizer, weight, torch.ones(2, 3), 0.1)
+    torch.testing.assert_close(weight.detach(), torch.full((2, 3), -(6**-0.5)))
+
+
+@pytest.mark.parametrize("name", ["lars", "muon"])
+def test_lars_and_muon_read_nothing_back(name):
     """On the meta device there are no values to read."""
     weight = torch.nn.Parameter(torch.zeros(2, 3, device="meta"))
-    optimizer = make_optimizer("lars", [weight], momentum=0.9, weight_decay=0.1)
+    optimizer = make_optimizer(name, [weight], momentum=0.9, weight_decay=0.1)
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert optimizer.state[weight]["momentum_buffer"].device.type == "meta"
@@ -133,7 +203,7 @@ def test_momentum_may_be_zero():
 
 
 def test_an_unknown_optimizer_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"'adam'.*sgd, lars"):
+    with pytest.raises(ValueError, match=r"'adam'.*sgd, lars, muon"):
         make_optimizer("adam", [torch.nn.Parameter(torch.zeros(1))], 0.9, 0.0)
 
 

@@ -23,9 +23,9 @@ def make_optimizer(
     """SGD with Nesterov momentum, LARS or Muon; `set_learning_rate` sets the rate at each step.
 
     SGD's weight decay applies to all parameters, as in the published repository; for the others
-    see their docstrings. `fused` updates all parameters in one kernel where the device has one; not with a
-    gradient scaler, since a first step that overflows leaves torch's fused momentum uninitialised
-    (torch 2.14.1, torch/optim/sgd.py).
+    see their docstrings. `fused` updates all of SGD's in one kernel where the device has one; not
+    with a gradient scaler, since a first step that overflows leaves torch's fused momentum
+    uninitialised (torch 2.14.1, torch/optim/sgd.py).
     Raises ValueError for a name that is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
@@ -80,16 +80,15 @@ class LARS(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon, momentum with orthogonal updates (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Muon, orthogonal updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-        v ← μ·v + g,  UΣVᵀ = g + μ·v,  w ← w - η·|w|·UVᵀ/|UVᵀ|,  then w is scaled back to its |w|
+        v ← μ·v + g,  UΣVᵀ = g + μ·v,  w ← w - η·|w|·UVᵀ / |UVᵀ|,  then w is scaled back to its |w|
 
-    η is the learning rate, μ the momentum. A convolution is a matrix of output channels × rest.
-    The update is relative to the weight, whose norm stays as it is: behind batch norm it has no
-    effect, and the projection is normalised. So η is the angle of a step, in radians, and there is
-    no weight decay; a weight of zeros stays. One-dimensional weights, which are the biases and batch norm, have SGD with
-    Nesterov momentum and weight decay. Costs about a fifth of a step of ResNet-18 with 128 images
-    of 16 pixels (docs/speed.md). No host sync.
+    η is the learning rate, μ the momentum; a convolution is a matrix, output channels × the rest.
+    A step is relative to the weight, whose norm stays: batch norm and the cosine hide it from the
+    loss (all but the biases of the head). So η is about the angle of a step, in radians, and there
+    is no weight decay. One-dimensional weights, which are the biases and batch norm, have SGD with
+    Nesterov momentum and weight decay, at the same η. A weight of zeros gets norm 1. No host sync.
     """
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
@@ -114,7 +113,8 @@ class Muon(torch.optim.Optimizer):
                 if not matrix:
                     weight.sub_(update * group["lr"])  # lr: maybe a tensor
                     continue
-                norm, update = weight.norm(), orthogonalise(update.flatten(1)).view_as(weight)
+                update = orthogonalise(update.flatten(1)).view_as(weight)
+                norm = torch.where((norm := weight.norm()) > 0, norm, 1.0)
                 weight.sub_(update * (group["lr"] * norm / update.norm().clamp(min=TINY)))
                 weight.mul_(norm / weight.norm().clamp(min=TINY))
 
