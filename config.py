@@ -221,15 +221,15 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
     if not cfg.cifar_stem and smallest < 32:
         # at 16 the last stage sees 1×1, of which torch 2.14.1 on a CPU computes no gradient in
         # bfloat16: that of a 3×3 convolution of stride 2 is uninitialised memory
-        _refuse(
-            cfg, "cifar_stem", f"true for views of {smallest} pixels, below 32: the other stem and "
-            "the stages divide the side by 32",
-        )  # fmt: skip
+        allowed = f"true for views of {smallest} pixels, below 32: the other network divides by 32"
+        _refuse(cfg, "cifar_stem", allowed)
     if cfg.blur_probability > 0 and smallest < 20:
         allowed = f"0 for views of {smallest} pixels: below 20 the kernel, a tenth, is one pixel"
         _refuse(cfg, "blur_probability", allowed)
     if pretraining and cfg.warmup_epochs >= cfg.epochs:
         _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}; 0 leaves it out")
+    if pretraining and cfg.optimizer == "muon" and cfg.learning_rate > 0.5:
+        _refuse(cfg, "learning_rate", "at most 0.5 for muon, the angle of a step; 0.05 is usual")
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
     scheduled = pretraining or cfg.predict is not None or {*SCHEDULED} & {*cfg.protocols}
     if scheduled and cfg.min_learning_rate > lowest:

@@ -239,6 +239,14 @@ def test_the_warm_up_ends_before_the_run(config):
         config("epochs=10", "warmup_epochs=10")
 
 
+def test_a_rate_of_sgd_is_refused_for_muon(config):
+    """The default of 0.6 would turn every weight by 30 degrees in each step."""
+    config("optimizer=muon", "learning_rate=0.05")
+    with pytest.raises(ConfigError, match=r"^learning_rate=0.6: must be at most 0.5 for muon"):
+        config("optimizer=muon")
+    config("optimizer=muon", peak="finetune_learning_rate")  # which does not read it
+
+
 def test_small_views_take_the_stem_for_small_images(config):
     config("cifar_stem=false", "view_sizes=[[32,1]]")
     for size in ("image_size=31", "view_sizes=[[16,0.5],[32,0.5]]"):
