@@ -55,10 +55,10 @@ def test_a_replayed_step_gets_batch_noise_and_learning_rate_of_each_step(monkeyp
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "muon"])
 def test_training_with_graphs_is_bit_for_bit_training_without(gpu, toy, thin, optimizer):
     sizes = "view_sizes=[[8,0.5],[16,0.5]]"
-    cfg = toy("epochs=4", "knn_interval=0", f"optimizer={optimizer}", sizes)
+    cfg = toy("epochs=4", "knn_interval=0", f"optimizer={optimizer}", "learning_rate=0.1", sizes)
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, device=gpu)
 
     class Record:

@@ -135,8 +135,10 @@ def test_the_ranks_compare_the_states_that_they_see(run, monkeypatch):
     assert seen == [((-1, 0), found), ((1, 2), found), ((3, 0), found)]
 
 
-def test_lars_is_resumed_with_its_velocity(device, run):
-    settings = "optimizer=lars", "warmup_epochs=1", "learning_rate=4", "micro_batch_size=4"
+@pytest.mark.parametrize(("optimizer", "rate"), [("lars", 4), ("muon", 0.1)])
+def test_every_optimizer_is_resumed_with_its_velocity(device, run, optimizer, rate):
+    rates = f"optimizer={optimizer}", f"learning_rate={rate}"
+    settings = *rates, "warmup_epochs=1", "micro_batch_size=4"
     whole = run("whole", *settings)
     run("stopped", *settings, stop=5)
     assert outcome(run("stopped", *settings)) == outcome(whole)
