@@ -35,7 +35,7 @@ from models import SimCLR
 from system.checkpoint import load_encoder
 from system.device import select_device, select_precision
 
-RUN = ["recipe=fast", "epochs=6"]
+RUN = ["recipe=fast", "epochs=3"]
 
 
 def plain_steps(cfg: DictConfig, train: Split, batch: int, repeats: int) -> list[float]:
