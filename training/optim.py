@@ -131,12 +131,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     matrix = matrix / matrix.norm().clamp(min=TINY)  # singular values up to 1
     gram = matrix @ matrix.T  # UΣ²Uᵀ
-    total = torch.eye(len(gram), device=matrix.device)
-    for _ in range(5):
+    for step in range(5):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
-        total = factor @ total
-        gram = factor @ gram @ factor
+        total = factor @ total if step else factor
+        if step < 4:
+            gram = factor @ gram @ factor
     return total @ matrix
 
 
