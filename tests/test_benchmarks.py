@@ -72,7 +72,7 @@ def test_the_hour_with_a_gpu_runs_on_a_cpu_too(benchmark, call, write_images, tm
 
 def test_the_race_ends_at_the_first_checkpoint_that_stays_above(benchmark, call, write_images):
     data = write_images(Path("images"), train=8, test=3)
-    run = ["image_size=8", "view_sizes=[[8,1]]", "batch_size=8", "epochs=3", "hidden_dim=16"]
+    run = ["image_size=8", "view_sizes=[[8,1]]", "batch_size=8", "epochs=3", "log_interval=1"]
     small = "--seed", "0", "1", "--batch", "8", "--repeats", "1", "--run", *run
     found = benchmark("race.py", str(data), "--target", "0", *small)
     assert 0 < found["seconds"] < 100 and found["plain_steps"] > 0
