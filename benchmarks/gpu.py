@@ -50,18 +50,29 @@ GRAPHED, EAGER, COMPILED = "graph", "eager", "graph, compiled"
 class Record(NoRecord):
     """Keeps copies of the metrics, since a graph overwrites them, and the time of some steps."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, profiled: int) -> None:
         super().__init__()
-        self.steps, self.times = steps, {}
+        self.steps, self.profiled, self.times = steps, profiled, {}
+        self.profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
         """Ends simclr.train after the last step."""
         self.step_metrics.append(torch.stack(list(metrics.values())))
-        if (done := len(self.step_metrics)) in (FIRST, self.steps):
+        done = len(self.step_metrics)
+        if done in (FIRST, self.steps, self.steps + self.profiled):
             synchronize()
             self.times[done] = time.perf_counter()
-        if done == self.steps:
+        if done == self.steps and self.profiled:
+            self.profiler.start()
+        if done == self.steps + self.profiled:
+            if self.profiled:
+                self.profiler.stop()
             raise EpochEnd
+
+    def kernel_ms(self) -> float:
+        """Milliseconds of a step in which kernels ran; overlapping ones count twice."""
+        events = self.profiler.key_averages()
+        return sum(event.self_device_time_total for event in events) / 1e3 / self.profiled
 
     def end_epoch(self, training: Training, *line: object) -> None:
         """Go on with the next epoch."""
@@ -69,38 +80,31 @@ class Record(NoRecord):
 
 
 def train_steps(
-    images: Tensor, steps: int, graphed: bool, *overrides: str
+    images: Tensor, steps: int, graphed: bool, *overrides: str, profiled: int = 10
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-    """The metrics of each step, the weights at the end, and times and memory."""
+    """The metrics of each step, the weights at the end, and times and memory.
+
+    On a GPU `profiled` more steps follow, in which torch's profiler counts the time of kernels.
+    """
+    profiled = profiled if images.is_cuda else 0
     cfg = config("recipe=simsiam", "epochs=100", "compile=false", "min_learning_rate=0", *overrides)
-    cuda = images.device.type == "cuda"
-    if cuda:
+    torch.compiler.reset()  # else the eighth model would not be compiled any more
+    if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     training = simclr.start_training(cfg, images.device, steps)
-    training.graphed = graphed and cuda
-    record = Record(steps)
+    training.graphed = graphed and images.is_cuda
+    record = Record(steps, profiled)
     with suppress(EpochEnd):
         simclr.train(cfg, training, images, None, record)
     after = record.times.get(FIRST, start)
-    costs = {
-        "ms": 1e3 * (record.times[steps] - after) / max(1, steps - FIRST),
-        "first_seconds": after - start,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
-    }
+    ms = 1e3 * (record.times[steps] - after) / max(1, steps - FIRST)
+    costs = {"ms": ms, "first_seconds": after - start}
+    if images.is_cuda:
+        costs["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if profiled:
+        costs["idle_share"] = 1 - record.kernel_ms() / ms
     return torch.stack(record.step_metrics).cpu(), training.model.state_dict(), costs
-
-
-def idle_share(images: Tensor, ms: float, graphed: bool, *overrides: str) -> float | None:
-    """Share of the `ms` of a step in which no kernel runs; None without a GPU."""
-    if not images.is_cuda:
-        return None
-    totals = []
-    for steps in (FIRST, FIRST + 10):  # the difference leaves out what the first steps do
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            train_steps(images, steps, graphed, *overrides)
-        totals.append(sum(event.self_device_time_total for event in profiler.key_averages()))
-    return 1 - (totals[1] - totals[0]) / 1e4 / ms  # µs of ten steps
 
 
 class Session:
@@ -134,10 +138,10 @@ class Session:
         """Time and memory of steps; the same with a graph; when compiling pays."""
         images, cuda = self.train.images, self.device.type == "cuda"
         sizes = sorted(self.args.sizes)
-        phases = f"view_sizes=[[{sizes[0]},0.4],[{sizes[-1]},0.6]]"
-        steps = min(28, self.args.steps)
+        phases = f"view_sizes=[[{sizes[0]},0.4],[{sizes[-1]},0.6]]", "epochs=4", self.batch
+        steps, few = min(28, self.args.steps), images[: 7 * self.args.batch]  # both sizes
         (a, weights, _), (b, others, _) = (
-            train_steps(images, steps, graphed, self.batch, phases) for graphed in (True, False)
+            train_steps(few, steps, graphed, *phases, profiled=0) for graphed in (True, False)
         )
         same = torch.equal(a, b) and all(torch.equal(w, others[k]) for k, w in weights.items())
         self.say("a graph is bit for bit the eager step", same=same)
@@ -155,7 +159,6 @@ class Session:
                         f"{backbone}, {size} pixels, {how}", **costs,
                         epoch_seconds=costs["ms"] / 1e3 * (len(images) // self.args.batch),
                         estimated_gib=step_memory(backbone, self.args.batch, dtype, False, size),
-                        idle_share=idle_share(images, costs["ms"], graphed, *options, compiled),
                     )  # fmt: skip
                 if COMPILED in found:
                     graph, fast = found[GRAPHED], found[COMPILED]
@@ -245,7 +248,7 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=60)
     args.add_argument("--epochs", type=int, default=20, help="of the comparison in `plain`")
     args.add_argument("--workers", type=int, default=16, help="of the plain pipeline")
-    args.add_argument("--tests", nargs="+", default=[], help="more options for pytest")
+    args.add_argument("--tests", nargs="+", default=["tests"], help="for pytest")
     args.add_argument("--run", nargs="+", default=[], help="more overrides for the scripts")
     args = args.parse_args()
     args.data = args.data.resolve()

@@ -129,14 +129,19 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.T).T
     a, b, c = NEWTON_SCHULZ
-    matrix = matrix / matrix.norm().clamp(min=TINY)  # singular values up to 1
-    gram = matrix @ matrix.T  # UΣ²Uᵀ
-    for step in range(5):
+
+    def polynomial(gram: Tensor) -> Tensor:  # a + b·x² + c·x⁴ of each singular value x
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
-        total = factor @ total if step else factor
-        if step < 4:
-            gram = factor @ gram @ factor
+        return factor
+
+    matrix = matrix / matrix.norm().clamp(min=TINY)  # singular values up to 1
+    gram = matrix @ matrix.T  # UΣ²Uᵀ
+    total = factor = polynomial(gram)
+    for _ in range(4):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        total = factor @ total
     return total @ matrix
 
 
