@@ -16,6 +16,7 @@ from system.errors import ConfigError
 
 YAML = config_module.CONFIG_FILE.read_text(encoding="utf-8")
 RECIPES = re.search(r"recipes:\n(?:  .*\n)+", YAML)[0]
+SEED, CROPS = (YAML[: YAML.index(t)].count("\n") + 1 for t in ("seed: 42", "[0.08, 1.0]"))
 NAMES = ("Bilder grün (1)", "it's [a,b]={c}", "2024", "~a,b\\", 'say "日本" #1; $x & co')
 
 
@@ -23,10 +24,10 @@ NAMES = ("Bilder grün (1)", "it's [a,b]={c}", "2024", "~a,b\\", 'say "日本" #
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seed: 42", "seed:\t42", "file.yml, line 72: found character '\\t' that cannot start"),
-        ("seed: 42", b"seed: 42  # Z\xe4hler", "file.yml, line 72: byte 0xe4 is not UTF-8"),
-        ("\nseed: 42", "\nseed: 42\nseed: 43", "file.yml, line 73: found duplicate key seed"),
-        ("[0.08, 1.0]", "[0.08, 1.0", "file.yml, line 63: expected ',' or ']'"),
+        ("seed: 42", "seed:\t42", f"file.yml, line {SEED}: found character '\\t' that"),
+        ("seed: 42", b"seed: 42  # Z\xe4hler", f"file.yml, line {SEED}: byte 0xe4 is not UTF-8"),
+        ("\nseed: 42", "\nseed: 42\nseed: 43", f"file.yml, line {SEED + 1}: found duplicate key"),
+        ("[0.08, 1.0]", "[0.08, 1.0", f"file.yml, line {CROPS}: expected ',' or ']'"),
         ("seed: 42", "seed: ${", "file.yml, seed: no viable alternative at input '${'"),
         (YAML, "- seed: 42", "file.yml: must hold lines of the form key: value"),
         (RECIPES, "recipes: [published]\n", "file.yml: recipes must be names, each with"),
