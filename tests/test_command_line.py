@@ -27,7 +27,7 @@ NAMES = ("Bilder grün (1)", "it's [a,b]={c}", "2024", "~a,b\\", 'say "日本" #
         ("seed: 42", "seed:\t42", f"file.yml, line {SEED}: found character '\\t' that"),
         ("seed: 42", b"seed: 42  # Z\xe4hler", f"file.yml, line {SEED}: byte 0xe4 is not UTF-8"),
         ("\nseed: 42", "\nseed: 42\nseed: 43", f"file.yml, line {SEED + 1}: found duplicate key"),
-        ("[0.08, 1.0]", "[0.08, 1.0", f"file.yml, line {CROPS}: expected ',' or ']'"),
+        ("[0.08, 1.0]", "[0.08, 1.0", f"file.yml, line {CROPS + 1}: expected ',' or ']'"),
         ("seed: 42", "seed: ${", "file.yml, seed: no viable alternative at input '${'"),
         (YAML, "- seed: 42", "file.yml: must hold lines of the form key: value"),
         (RECIPES, "recipes: [published]\n", "file.yml: recipes must be names, each with"),
