@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,16 +44,8 @@ def make_optimizer(
     )
 
 
-class LARS(torch.optim.Optimizer):
-    """LARS, a learning rate per layer for large batches (You et al. 2017, arXiv 1708.03888).
-
-        v ← μ·v + η·λ·(g + β·w),  w ← w - v,  λ = 0.001 · |w| / |g + β·w|
-
-    η is the learning rate, μ the momentum, β the weight decay (Algorithm 1, in the form of
-    google-research/simclr). One-dimensional weights, which are the biases and batch norm, have
-    λ = 1 and β = 0; they are found by shape, since the name "bn" misses downsample.1. λ = 1 also
-    where |w| or the gradient is 0, so that weights initialised with zeros move. No host sync.
-    """
+class _PerWeight(torch.optim.Optimizer):
+    """Updates weight by weight, each with a velocity; subclasses say how one is updated."""
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
         super().__init__(
@@ -66,20 +59,35 @@ class LARS(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                update = weight.grad
-                if weight.dim() > 1:
-                    update = update.add(weight, alpha=group["weight_decay"])
-                    w, g = weight.norm(), update.norm()
-                    update = update * torch.where((w > 0) & (g > 0), TRUST * w / g, 1.0)
                 state = self.state[weight]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
-                velocity = state["momentum_buffer"]
-                velocity.mul_(group["momentum"]).add_(update * group["lr"])  # lr: maybe a tensor
-                weight.sub_(velocity)
+                self._update(weight, weight.grad, state["momentum_buffer"], group)
 
 
-class Muon(torch.optim.Optimizer):
+class LARS(_PerWeight):
+    """LARS, a learning rate per layer for large batches (You et al. 2017, arXiv 1708.03888).
+
+        v ← μ·v + η·λ·(g + β·w),  w ← w - v,  λ = 0.001 · |w| / |g + β·w|
+
+    η is the learning rate, μ the momentum, β the weight decay (Algorithm 1, in the form of
+    google-research/simclr). One-dimensional weights, which are the biases and batch norm, have
+    λ = 1 and β = 0; they are found by shape, since the name "bn" misses downsample.1. λ = 1 also
+    where |w| or the gradient is 0, so that weights initialised with zeros move. No host sync.
+    """
+
+    def _update(
+        self, weight: Tensor, gradient: Tensor, velocity: Tensor, group: dict[str, Any]
+    ) -> None:
+        if weight.dim() > 1:
+            gradient = gradient.add(weight, alpha=group["weight_decay"])
+            w, g = weight.norm(), gradient.norm()
+            gradient = gradient * torch.where((w > 0) & (g > 0), TRUST * w / g, 1.0)
+        velocity.mul_(group["momentum"]).add_(gradient * group["lr"])  # lr: maybe a tensor
+        weight.sub_(velocity)
+
+
+class Muon(_PerWeight):
     """Muon, orthogonal updates (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
         v ← μ·v + g,  UΣVᵀ = g + μ·v,  w ← w - η·|w|·UVᵀ / |UVᵀ|,  then w is scaled back to its |w|
@@ -91,32 +99,21 @@ class Muon(torch.optim.Optimizer):
     Nesterov momentum and weight decay, at the same η. A weight of zeros gets norm 1. No host sync.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
-        super().__init__(
-            parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every weight that has a gradient."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                gradient, matrix, state = weight.grad, weight.dim() > 1, self.state[weight]
-                if not matrix:
-                    gradient = gradient.add(weight, alpha=group["weight_decay"])
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-                update = gradient.add(velocity, alpha=group["momentum"])
-                if not matrix:
-                    weight.sub_(update * group["lr"])  # lr: maybe a tensor
-                    continue
-                update = orthogonalise(update.flatten(1)).view_as(weight)
-                norm = torch.where((norm := weight.norm()) > 0, norm, 1.0)
-                weight.sub_(update * (group["lr"] * norm / update.norm().clamp(min=TINY)))
-                weight.mul_(norm / weight.norm().clamp(min=TINY))
+    def _update(
+        self, weight: Tensor, gradient: Tensor, velocity: Tensor, group: dict[str, Any]
+    ) -> None:
+        matrix = weight.dim() > 1
+        if not matrix:
+            gradient = gradient.add(weight, alpha=group["weight_decay"])
+        velocity.mul_(group["momentum"]).add_(gradient)
+        update = gradient.add(velocity, alpha=group["momentum"])
+        if not matrix:
+            weight.sub_(update * group["lr"])
+            return
+        update = orthogonalise(update.flatten(1)).view_as(weight)
+        norm = torch.where((norm := weight.norm()) > 0, norm, 1.0)
+        weight.sub_(update * (group["lr"] * norm / update.norm().clamp(min=TINY)))
+        weight.mul_(norm / weight.norm().clamp(min=TINY))
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
