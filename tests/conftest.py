@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import simclr
 from config import check_config, register_config
 from models import BACKBONES
+from training.graph import GraphedStep
 
 torch.set_num_threads(1)
 
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the test computes: the option --device."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def same_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, sums in one order and in float32, so that gradients can be compared."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
@@ -120,7 +128,8 @@ def toy(tmp_path, request) -> Callable[..., DictConfig]:
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
     """SIGTERM comes while step `number` from here on is computed; None: no signal."""
-    step, count = getattr(simclr.train_step, "whole", simclr.train_step), itertools.count(1)
+    run_step = GraphedStep.__call__  # train_step itself does not run when a graph is replayed
+    step, count = getattr(run_step, "whole", run_step), itertools.count(1)
 
     def counted(*args: object) -> dict[str, torch.Tensor]:
         if next(count) == number:
@@ -129,7 +138,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
         return step(*args)
 
     counted.whole = step
-    monkeypatch.setattr(simclr, "train_step", counted)
+    monkeypatch.setattr(GraphedStep, "__call__", counted)
 
 
 def thin_resnet(weights: None, **options: object) -> ResNet:

@@ -214,6 +214,7 @@ def test_nt_xent_holds_two_matrices_of_all_pairs_at_most():
     assert 1.9 * matrix < peak < 2 * matrix + 24 * 2**20
 
 
+@pytest.mark.usefixtures("same_convolutions")
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputed_blocks_give_the_same_gradients_and_running_statistics(device, backbone, dtype):

@@ -545,6 +545,7 @@ def gradients(model, views, micro_batch_size, precision=torch.float32):
     return found, [weight.grad.clone() for weight in model.parameters()]
 
 
+@pytest.mark.usefixtures("same_convolutions")
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6])
 def test_without_batch_norm_micro_batches_are_the_plain_step(device, thin, micro_batch_size):
     """Loss, gradients and all that is reported: the negatives are those of the whole batch."""
