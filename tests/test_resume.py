@@ -41,9 +41,11 @@ def views(monkeypatch):
 
 
 @pytest.fixture
-def run(thin, toy, tmp_path, monkeypatch):
+def run(device, same_convolutions, thin, toy, tmp_path, monkeypatch):
     """run(name, overrides, stops=[k]): pretrain in the folder `name`, three steps an epoch; a
     SIGTERM comes while the k-th step of this call is computed. Returns the folder."""
+    if device.type == "cuda":  # which would let cuDNN choose anew in each run, by the clock
+        monkeypatch.setattr(simclr, "select_device", lambda name: device)
 
     def pretrain(name, *overrides, stop=None):
         folder = tmp_path / name
