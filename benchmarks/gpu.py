@@ -201,8 +201,8 @@ class Session:
             cfg = config(f"recipe={recipe}", self.batch, *self.args.run)
             steps, seconds = len(self.train.images) // self.args.batch, 0.0
             for size, share in cfg.view_sizes or [[cfg.image_size, 1.0]]:
-                options = self.batch, f"view_sizes=[[{size},1]]"
-                options = *options, *self.args.run
+                rates = f"optimizer={cfg.optimizer}", f"learning_rate={cfg.learning_rate}"
+                options = *rates, self.batch, f"view_sizes=[[{size},1]]", *self.args.run
                 costs = train_steps(self.train.images, min(30, self.args.steps), True, *options)[2]
                 seconds += share * steps * costs["ms"] / 1e3
             epochs = max(1, int(min(600.0, left) / seconds))

@@ -16,7 +16,7 @@ class GraphedStep:
     """Record a training step once for each view size, and replay it from then on.
 
     A step of ResNet-18 has 3,000 kernels; launching them one by one takes a fast GPU longer than
-    running them (docs/speed.md). The first steps of each size run eagerly, all if `eager`. The
+    running them (docs/gpu.md). The first steps of each size run eagerly, all if `eager`. The
     results are the same. The learning rate becomes a tensor, since numbers are part of a recording;
     the metrics are overwritten by the next step. `step` may not wait for the GPU.
     """
