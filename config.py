@@ -228,8 +228,8 @@ def check_config(cfg: DictConfig, peak: str) -> DictConfig:
         _refuse(cfg, "blur_probability", allowed)
     if pretraining and cfg.warmup_epochs >= cfg.epochs:
         _refuse(cfg, "warmup_epochs", f"less than epochs, which is {cfg.epochs}; 0 leaves it out")
-    if pretraining and cfg.optimizer == "muon" and cfg.learning_rate > 0.5:
-        _refuse(cfg, "learning_rate", "at most 0.5 for muon, the angle of a step; 0.05 is usual")
+    if pretraining and cfg.optimizer == "muon" and cfg.learning_rate > 0.25:
+        _refuse(cfg, "learning_rate", "at most 0.25 for muon, the angle of a step; 0.05 is usual")
     lowest = min(cfg[peak]) if isinstance(cfg[peak], ListConfig) else cfg[peak]
     scheduled = pretraining or cfg.predict is not None or {*SCHEDULED} & {*cfg.protocols}
     if scheduled and cfg.min_learning_rate > lowest:

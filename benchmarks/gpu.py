@@ -16,6 +16,7 @@ runs    simclr.py with recipe=simsiam and with recipe=fast for at most ten minut
         left of --minutes, then kNN and linear evaluation
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 
 import torch
 from torch import Tensor
@@ -53,13 +55,14 @@ class Record(NoRecord):
     def __init__(self, steps: int, profiled: int) -> None:
         super().__init__()
         self.steps, self.profiled, self.times = steps, profiled, {}
+        self.first = min(FIRST, steps // 2)
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
         """Ends simclr.train after the last step."""
         self.step_metrics.append(torch.stack(list(metrics.values())))
         done = len(self.step_metrics)
-        if done in (FIRST, self.steps, self.steps + self.profiled):
+        if done in (self.first, self.steps, self.steps + self.profiled):
             synchronize()
             self.times[done] = time.perf_counter()
         if done == self.steps and self.profiled:
@@ -90,18 +93,20 @@ def train_steps(
     cfg = config("recipe=simsiam", "epochs=100", "compile=false", "min_learning_rate=0", *overrides)
     torch.compiler.reset()  # else the eighth model would not be compiled any more
     if images.is_cuda:
+        gc.collect()  # a compiled model refers to itself
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # the images
     start = time.perf_counter()
     training = simclr.start_training(cfg, images.device, steps)
     training.graphed = graphed and images.is_cuda
     record = Record(steps, profiled)
     with suppress(EpochEnd):
         simclr.train(cfg, training, images, None, record)
-    after = record.times.get(FIRST, start)
-    ms = 1e3 * (record.times[steps] - after) / max(1, steps - FIRST)
+    after = record.times.get(record.first, start)
+    ms = 1e3 * (record.times[steps] - after) / (steps - record.first)
     costs = {"ms": ms, "first_seconds": after - start}
     if images.is_cuda:
-        costs["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        costs["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     if profiled:
         costs["idle_share"] = 1 - record.kernel_ms() / ms
     return torch.stack(record.step_metrics).cpu(), training.model.state_dict(), costs
@@ -125,14 +130,18 @@ class Session:
 
     def tests(self) -> None:
         """The tests that ask for a device."""
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=-v", "-p", "no:cacheprovider"]
         where = [f"--device={self.device.type}", "--maxfail=20", *self.args.tests]
-        done = subprocess.run(
-            [*command, *where], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-        )
-        lines = done.stdout.splitlines()
-        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        self.say("tests", code=done.returncode, summary=lines[-1] if lines else "", failed=failed)
+        with subprocess.Popen(
+            [*command, *where], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        ) as process:
+            timer = Timer(400, process.terminate)  # what it has printed until then is reported
+            timer.start()
+            lines = process.stdout.read().splitlines()
+            timer.cancel()
+        failed = [line for line in lines if "FAILED" in line or "ERROR" in line]
+        summary = lines[-1] if lines else ""
+        self.say("tests", code=process.returncode, summary=summary, failed=failed)
 
     def steps(self) -> None:
         """Time and memory of steps; the same with a graph; when compiling pays."""
@@ -145,9 +154,11 @@ class Session:
         )
         same = torch.equal(a, b) and all(torch.equal(w, others[k]) for k, w in weights.items())
         self.say("a graph is bit for bit the eager step", same=same)
+        del weights, others
         for backbone in self.args.backbones:
             for size in sizes[::-1] if backbone == self.args.backbones[0] else sizes[-1:]:
-                found = {}
+                found, warm = {}, ("compile=false", self.batch, f"backbone={backbone}")
+                train_steps(images, 2, False, *warm, f"view_sizes=[[{size},1]]", profiled=0)
                 for how in self.args.modes if cuda else (EAGER,):
                     compiled = "compile=" + str(how == COMPILED).lower()
                     options = self.batch, f"backbone={backbone}", f"view_sizes=[[{size},1]]"
@@ -172,15 +183,16 @@ class Session:
         images, workers = self.train.images, self.args.workers
         model = SimCLR("resnet18").to(self.device).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-        part = images[: 10 * self.args.batch].cpu()
         transform = plain_transform(images.shape[-1], (0.2, 1.0), 0.5, 0.1)
-        loader = plain_loader(part, self.args.batch, transform, workers=workers)
-        for _ in range(2):  # the second epoch counts
-            start = time.perf_counter()
-            for pair in loader:
-                plain_step(model, optimizer, torch.cat(pair).to(self.device), 0.5)
-            synchronize()
-        ms = 1e3 * (time.perf_counter() - start) / len(loader)
+        loader = plain_loader(images.cpu(), self.args.batch, transform, workers=workers)
+        filled = min(2 * workers, len(loader) // 2)  # steps until the loader runs at its own pace
+        for done, pair in enumerate(loader):
+            if done == filled:
+                synchronize()
+                start = time.perf_counter()
+            plain_step(model, optimizer, torch.cat(pair).to(self.device), 0.5)
+        synchronize()
+        ms = 1e3 * (time.perf_counter() - start) / (len(loader) - filled)
         self.say(f"plain pipeline, {workers} workers", ms=ms)
         rate = f"learning_rate={0.06 * self.args.batch / 256}"  # twice simsiam's: a short run
         cfg = config("recipe=simsiam", rate, self.batch, f"epochs={self.args.epochs}")

@@ -28,6 +28,8 @@ def synchronize() -> None:
     """Wait for a GPU to be done, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -97,7 +99,7 @@ class NoRecord:
 
     def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
         """Keep the metrics, on the device; ask the other ranks, as RunRecord does for signals."""
-        self.step_metrics.append(metrics)
+        self.step_metrics.append({name: value.clone() for name, value in metrics.items()})
         all_reduce_max(0)
 
     def end_epoch(self, training: Training, *line: object) -> None:

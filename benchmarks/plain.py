@@ -56,6 +56,7 @@ def plain_loader(
         shuffle=True,
         drop_last=True,
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         persistent_workers=True,
         generator=torch.Generator().manual_seed(seed),
     )

@@ -43,6 +43,7 @@ def select_device(name: str) -> torch.device:
             "or auto, which takes the first of them"
         )
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
+    torch.set_float32_matmul_precision("highest")  # for the loss; an environment may ask for TF32
     return torch.device(devices[0] if name == "auto" else name)
 
 

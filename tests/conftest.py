@@ -61,10 +61,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def same_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, sums in one order and in float32, so that gradients can be compared."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def same_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, sums in one order and in float32, so that two runs can be compared."""
+    for flag, value in (("deterministic", True), ("benchmark", False), ("allow_tf32", False)):
+        monkeypatch.setattr(torch.backends.cudnn, flag, value)
+    if (name := request.config.getoption("--device")) != "cpu":  # select_device sets benchmark
+        monkeypatch.setattr(simclr, "select_device", lambda _: torch.device(name))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Each benchmark is a command that ends with one JSON object; here as small as it goes."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_the_hour_with_a_gpu_runs_on_a_cpu_too(benchmark, call, write_images, tm
         }
 
 
-def test_the_race_ends_at_the_first_checkpoint_that_stays_above(benchmark, call, write_images):
+def test_the_race_looks_at_every_checkpoint_from_the_last(benchmark, call, write_images):
     data = write_images(Path("images"), train=8, test=3)
     run = ["image_size=8", "view_sizes=[[8,1]]", "batch_size=8", "epochs=3", "log_interval=1"]
     small = "--seed", "0", "1", "--batch", "8", "--repeats", "1", "--run", *run
@@ -78,9 +79,47 @@ def test_the_race_ends_at_the_first_checkpoint_that_stays_above(benchmark, call,
     assert 0 < found["seconds"] < 100 and found["plain_steps"] > 0
     times = [line for line in call.stdout.splitlines() if ": kNN" in line]
     assert [line.split("_epoch")[1][0] for line in times] == ["3", "2", "1"] * 2
-    small = "--seed", "1", *small[3:]
-    assert benchmark("race.py", str(data), "--target", "100.1", *small)["seconds"] is None
-    assert "seed 1 does not reach 100.1 %" in call.stdout
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """module("race"): a benchmark, imported."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("found", "first"), [([70, 50, 65, 66], (3, 65)), ([61, 62], (1, 61)), ([70, 59], None)]
+)
+def test_a_race_is_won_where_accuracy_stays_above_the_target(module, found, first):
+    checkpoints = [(i, Path(str(i))) for i in range(1, len(found) + 1)]
+    won = module("race").first_that_stays(checkpoints, lambda path: found[int(path.name) - 1], 60)
+    assert won == first
+
+
+def test_the_runs_take_turns_and_each_has_its_own_clock(module, monkeypatch):
+    timed = module("time_to_accuracy")
+    clock, order = [0.0], []
+    monkeypatch.setattr(timed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timed, "knn", lambda model, train, test: model)
+
+    def run(name, seconds, accuracies):
+        for accuracy in accuracies:
+            clock[0] += seconds
+            order.append(name)
+            yield accuracy
+
+    runs = {"plain": run("plain", 10, [0.1, 0.3, 0.5, 0.4]), "fast": run("fast", 1, [0.2, 0.45])}
+    trace = timed.race(runs, {"plain": 4, "fast": 2}, None, None)
+    assert order == ["plain", "fast", "plain", "plain", "fast", "plain"]
+    assert trace["plain"] == [(0, 0, 0), (10, 1, 0), (20, 2, 0), (30, 3, 0.5), (40, 4, 0.4)]
+    assert trace["fast"] == [(0, 0, 0), (1, 1, 0), (2, 2, 0.45)]
+    assert timed.speedups(trace["plain"], trace["fast"]) == {"end": 20, "first_time": 15}
+    assert timed.speedups(trace["fast"], trace["plain"]) == {"end": 2 / 30, "first_time": 2 / 30}
+    assert timed.speedups(trace["plain"], trace["fast"][:2]) is None
 
 
 def test_memory_of_resnet50_at_batch_512_fits_11_gigabytes(benchmark):

@@ -242,8 +242,9 @@ def test_the_warm_up_ends_before_the_run(config):
 def test_a_rate_of_sgd_is_refused_for_muon(config):
     """The default of 0.6 would turn every weight by 30 degrees in each step."""
     config("optimizer=muon", "learning_rate=0.05")
-    with pytest.raises(ConfigError, match=r"^learning_rate=0.6: must be at most 0.5 for muon"):
-        config("optimizer=muon")
+    for rate, batch in (("0.6", "batch_size=512"), ("0.3", "batch_size=256")):
+        with pytest.raises(ConfigError, match=f"^learning_rate={rate}: must be at most 0.25 for"):
+            config("optimizer=muon", batch)
     config("optimizer=muon", peak="finetune_learning_rate")  # which does not read it
 
 

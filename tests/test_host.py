@@ -215,7 +215,9 @@ def test_a_batch_does_not_wait_for_the_gpu(gpu):
     assert not torch.cuda.current_stream().query()  # the GPU is still busy
 
 
-def test_training_on_a_gpu_is_the_same_from_host_memory(gpu, toy, thin, tmp_path, monkeypatch):
+def test_training_on_a_gpu_is_the_same_from_host_memory(
+    gpu, same_convolutions, toy, thin, tmp_path, monkeypatch
+):
     weights = []
     for fits in (True, False):
         monkeypatch.setattr(host, "fits", lambda images, device, fits=fits: fits)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import timm.optim
@@ -9,6 +10,7 @@ import torch
 
 from models import SimCLR
 from training.optim import (
+    NEWTON_SCHULZ,
     cosine_learning_rate,
     make_optimizer,
     orthogonalise,
@@ -127,6 +129,20 @@ def test_orthogonalise_keeps_the_singular_vectors_and_makes_the_values_about_one
     assert s.max() > 2 * s.min() or min(shape) == 1
     assert found.diagonal().min() > 0.65 and found.diagonal().max() < 1.25
     torch.testing.assert_close(found, found.diagonal().diag(), atol=1e-4, rtol=0)
+
+
+def test_orthogonalise_does_not_blow_up_what_is_not_there(device):
+    """Of a gradient of rank 3, and with singular values of 1 to 1e-4: no direction is invented."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    rank_3 = draw(64, 3) @ draw(3, 256)
+    u, _, vh = torch.linalg.svd(draw(64, 256), full_matrices=False)
+    for matrix in (rank_3, u @ torch.logspace(0, -4, 64).diag() @ vh):
+        exact, x = NEWTON_SCHULZ, matrix.double() / matrix.double().norm()
+        for _ in range(5):  # as it is published, on the matrix itself
+            gram = x @ x.T
+            x = exact[0] * x + (exact[1] * gram + exact[2] * gram @ gram) @ x
+        found = orthogonalise(matrix.to(device)).cpu().double()
+        assert (found - x).norm() < 0.01 * x.norm()
 
 
 def test_muon_turns_a_weight_by_the_learning_rate_and_keeps_its_norm():

@@ -41,11 +41,9 @@ def views(monkeypatch):
 
 
 @pytest.fixture
-def run(device, same_convolutions, thin, toy, tmp_path, monkeypatch):
+def run(same_convolutions, thin, toy, tmp_path, monkeypatch):
     """run(name, overrides, stops=[k]): pretrain in the folder `name`, three steps an epoch; a
     SIGTERM comes while the k-th step of this call is computed. Returns the folder."""
-    if device.type == "cuda":  # which would let cuDNN choose anew in each run, by the clock
-        monkeypatch.setattr(simclr, "select_device", lambda name: device)
 
     def pretrain(name, *overrides, stop=None):
         folder = tmp_path / name
@@ -137,10 +135,13 @@ def test_the_ranks_compare_the_states_that_they_see(run, monkeypatch):
     assert seen == [((-1, 0), found), ((1, 2), found), ((3, 0), found)]
 
 
+@pytest.mark.parametrize("micro_batch_size", ["null", 4])  # as a graph on a GPU, and never
 @pytest.mark.parametrize(("optimizer", "rate"), [("lars", 4), ("muon", 0.1)])
-def test_every_optimizer_is_resumed_with_its_velocity(device, run, optimizer, rate):
+def test_every_optimizer_is_resumed_with_its_velocity(
+    device, run, optimizer, rate, micro_batch_size
+):
     rates = f"optimizer={optimizer}", f"learning_rate={rate}"
-    settings = *rates, "warmup_epochs=1", "micro_batch_size=4"
+    settings = *rates, "warmup_epochs=1", f"micro_batch_size={micro_batch_size}"
     whole = run("whole", *settings)
     run("stopped", *settings, stop=5)
     assert outcome(run("stopped", *settings)) == outcome(whole)

@@ -520,7 +520,7 @@ def test_a_whole_step_runs_on_the_meta_device(toy, backbone, recompute):
     assert all(weight.grad.device == meta for weight in model.parameters())
 
 
-def test_recomputation_is_passed_on_and_gives_the_same_run(device, run, toy):
+def test_recomputation_is_passed_on_and_gives_the_same_run(device, same_convolutions, run, toy):
     plain, recomputed = run(), run("activation_checkpointing=true")
     training = simclr.start_training(toy("activation_checkpointing=true"), device, 1)
     assert "forward" in vars(training.model.enc.layer1[0])

@@ -41,6 +41,7 @@ class GraphedStep:
         self.noise.copy_(noise)
         self.learning_rate.fill_(learning_rate)
         self.graph.replay()
+        set_learning_rate(self.optimizer, learning_rate)  # a saved state has the number
         return self.metrics
 
     def _record(self, batch: Tensor, noise: Tensor) -> None:
@@ -51,4 +52,3 @@ class GraphedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.metrics = self.step(self.batch, self.noise, self.size)
-        set_learning_rate(self.optimizer, 0.0)  # a saved state holds a number
