@@ -59,15 +59,16 @@ def test_every_key_has_a_rule_a_reason_and_a_reader():
 
 def test_the_default_recipe_changes_nothing_and_the_others_state_their_values(config):
     plain = {key: YAML[key] for key in KEYS if key != "recipe"}
-    assert config() == {**OmegaConf.to_container(OmegaConf.create(plain), resolve=True),
-                        "recipe": "published"}  # fmt: skip
+    default = config()
+    assert default == {**OmegaConf.to_container(OmegaConf.create(plain), resolve=True),
+                       "recipe": "published"}  # fmt: skip
     assert set(YAML.recipes) == {"published", "simsiam", "fast", "paper", "digits"}
     for name, values in YAML.recipes.items():
         cfg = config(f"recipe={name}")
         assert cfg.recipe == name and set(values or {}) < set(KEYS) - {"recipe"}
         stated = OmegaConf.to_container(YAML.recipes)[name] or {}
         assert all(cfg[key] == v for key, v in stated.items() if "${" not in str(v))
-        changed = {key for key in KEYS if cfg[key] != config()[key]}
+        changed = {key for key in KEYS if cfg[key] != default[key]}
         assert changed - {"recipe"} - set(values or {}) <= {"finetune_learning_rate"}
     assert config("recipe=simsiam").learning_rate == pytest.approx(0.06)
     assert config("recipe=paper").learning_rate == 4 and config("recipe=paper").batch_size == 1024

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import REPOSITORY
+from filelock import FileLock
 
 import simclr
 import simclr_lin
@@ -24,16 +25,26 @@ PROCESSES = (2, 4)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    """steps(case, processes): what parallel_steps.py has written."""
-    folder = tmp_path_factory.mktemp("steps")
-    script = str(REPOSITORY / "tests/parallel_steps.py")
+def parallel_steps(folder):
+    """A minute: 1, 2 and 4 processes, one after the other."""
+    folder.mkdir(exist_ok=True)
     for n in (1, *PROCESSES):
         start = [sys.executable] if n == 1 else [*TORCHRUN, f"--nproc_per_node={n}"]
+        script = str(REPOSITORY / "tests/parallel_steps.py")
         command = [*start, script, str(folder / str(n)), str(folder / "1")]
         done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory, worker_id):
+    """steps(case, processes): what parallel_steps.py has written, once for all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "parallel_steps"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            parallel_steps(folder)
+            (folder / "complete").touch()
     return lambda case, n: torch.load(folder / str(n) / f"{case}.pt", weights_only=True)
 
 
