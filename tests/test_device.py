@@ -39,6 +39,13 @@ def test_auto_prefers_cuda_then_mps(monkeypatch):
     assert select_device("cpu").type == "cpu"
 
 
+def test_float32_products_are_float32_whatever_the_environment_asks():
+    """NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which is this."""
+    torch.set_float32_matmul_precision("high")
+    select_device("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def cpu_with(monkeypatch, *capabilities):
     there = dict.fromkeys(capabilities, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
