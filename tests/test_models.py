@@ -255,3 +255,15 @@ def test_recomputation_changes_neither_names_nor_evaluation():
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(plain.eval()(x)[0], recomputed.eval()(x)[0])
+
+
+def test_an_exported_encoder_is_the_encoder_for_any_batch_size(device, thin, tmp_path):
+    """As in the README; from the file, on the device on which it was exported."""
+    torch.manual_seed(0)
+    enc = SimCLR().enc.eval().requires_grad_(False).to(device)
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(enc, (torch.rand(2, 3, 8, 8).to(device),), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / "encoder.pt2")
+    loaded = torch.export.load(tmp_path / "encoder.pt2").module()
+    images = torch.rand(5, 3, 8, 8).to(device)
+    torch.testing.assert_close(loaded(images), enc(images))
