@@ -105,7 +105,7 @@ def train(
 
         epoch, knn_acc = training.epoch + 1, None
         if knn is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
-            batch_size = 2 * (cfg.micro_batch_size or n // distributed.world_size())
+            batch_size = min(512, 2 * (cfg.micro_batch_size or n // distributed.world_size()))
             inference = cfg.image_size, batch_size, training.dtype
             knn_acc = held_out_knn(training.model.enc, *knn, *inference, record.stop.check)
         last_step = schedule(cfg, epoch * steps - 1, total_steps)  # learning rate and view size

@@ -91,7 +91,6 @@ def train_steps(
     """
     profiled = profiled if images.is_cuda else 0
     cfg = config("recipe=simsiam", "epochs=100", "compile=false", "min_learning_rate=0", *overrides)
-    torch.compiler.reset()  # else the eighth model would not be compiled any more
     if images.is_cuda:
         gc.collect()  # a compiled model refers to itself
         torch.cuda.reset_peak_memory_stats()

@@ -121,8 +121,9 @@ def train_classifier(
                     optimizer,
                     cosine_learning_rate(step, total, learning_rate, task.min_learning_rate),
                 )
+                x = inputs(epoch, batch)  # crops are float32 in every precision
                 with autocast(device, dtype):
-                    scores = model(inputs(epoch, batch))
+                    scores = model(x)
                 loss = F.cross_entropy(scores.float(), labels[batch])
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()

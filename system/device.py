@@ -95,6 +95,7 @@ def select_compile(
     pays = supported and views >= COMPILE_PAYS.get(device.type, math.inf)
     if choice is False or (choice == "auto" and not pays):
         return False
+    torch.compiler.reset()  # of earlier runs: after eight forms torch goes on without compiling
     new = time.time()  # a constant that no cache of torch's holds, so that all parts do run
     try:
         torch.compile(lambda x: x.sin() + new)(torch.zeros(2, device=device))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import clear_frames
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -68,13 +69,16 @@ def _as_list(key: str, override: str) -> str:
     return f", or give a list, {key}=[{values}], in one" if key in LISTS and values else ""
 
 
-def note_failure(hydra: DictConfig, error: BaseException) -> None:
-    """Log why the job failed, and add it to the list of its sweep."""
+def note_failure(hydra: DictConfig, error: BaseException | None) -> None:
+    """Log why the job failed, and add it to the list of its sweep; frees what its frames hold."""
     known = describe(error)
     reason = known[0] if known else " ".join(f"{type(error).__name__}: {error}".split())
     log.error(f"error: {reason}", exc_info=None if known else error)
     with open(Path(hydra.sweep.dir) / FAILURES, "a", encoding="utf-8", errors="replace") as file:
         file.write(f"{os.path.relpath(hydra.runtime.output_dir)}: {reason}\n")
+    while error is not None:  # Hydra keeps it until the sweep ends: not with the job's tensors
+        clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 @contextmanager

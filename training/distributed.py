@@ -25,7 +25,7 @@ from system.errors import ConfigError, UserError
 
 log = logging.getLogger("simclr")
 
-TIMEOUT = timedelta(minutes=30)  # of a collective: as long as a download may take
+TIMEOUT = timedelta(hours=3)  # of a collective: as long as downloading or decoding may take
 JOIN, SILENT = 300, 10  # seconds: for all ranks to start, and before a line says who waits
 _groups = itertools.count()  # process groups of this process: one for each job of a sweep
 
