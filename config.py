@@ -64,10 +64,6 @@ def _is_pair(value: Any, first: Rule, second: Rule) -> bool:
     return two and first[0](value[0]) and second[0](value[1])
 
 
-def _is_crop_scale(value: Any) -> bool:
-    return _is_pair(value, FRACTION, FRACTION) and value[0] <= value[1]
-
-
 def _are_view_sizes(value: Any) -> bool:
     pairs = isinstance(value, list) and all(_is_pair(pair, PIXELS, FRACTION) for pair in value)
     few = pairs and 1 <= len(value) <= 8  # torch.compile takes no more
@@ -78,7 +74,7 @@ PIXELS, PROBABILITY, FRACTION = integer(8, 1024), number(0, 1), number(0, 1, abo
 RATE, DECAY = number(0, above=True), number(0)
 
 CROP_SCALE: Rule = (
-    _is_crop_scale,
+    lambda value: _is_pair(value, FRACTION, FRACTION) and value[0] <= value[1],
     "two fractions of the image's area, [smallest,largest], above 0 and at most 1",
 )
 VIEW_SIZES: Rule = (

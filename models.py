@@ -8,6 +8,7 @@ nt_xent(z1, z2)     normalised temperature-scaled cross-entropy, Eq. 1
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,9 @@ class SimCLR(nn.Module):
             # the initialisation that torchvision gives the other convolutions
             nn.init.kaiming_normal_(self.enc.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.enc.maxpool = nn.Identity()
-        if activation_checkpointing:
-            recompute_blocks(self.enc)
+        for block in self.enc.modules() if activation_checkpointing else ():
+            if isinstance(block, BasicBlock | Bottleneck):
+                block.forward = recomputed(block.forward, block)
         self.projector = nn.Sequential(
             nn.Linear(self.feature_dim, hidden_dim),
             nn.ReLU(),
@@ -81,17 +83,10 @@ class SimCLR(nn.Module):
         return h, z
 
 
-def recompute_blocks(enc: nn.Module) -> None:
-    """Activation checkpointing per residual block: keep its input, recompute it in backward."""
-    for block in enc.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            block.forward = partial(
-                checkpoint,
-                block.forward,
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing in a block is random
-                context_fn=partial(_keep_statistics, block),
-            )
+def recomputed(f: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """`f`, a pass through `module` that keeps its input alone: the backward pass repeats it."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
+    return partial(checkpoint, f, context_fn=partial(_keep_statistics, module), **options)
 
 
 def _keep_statistics(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -123,18 +118,11 @@ def embed_in_micro_batches(
     forward pass. Batch norm takes the statistics of each micro-batch, as several GPUs without
     synchronised batch norm do, and counts each once.
     """
+    repeated = recomputed(embed, model)
     firsts, seconds = (half.split(micro_batch_size) for half in views.chunk(2))
-    micro_batches = []
-    for pair in zip(firsts, seconds, strict=True):
-        embedded = checkpoint(
-            embed,
-            torch.cat(pair),
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=partial(_keep_statistics, model),
-        )
-        micro_batches.append([e.chunk(2) for e in embedded])  # h and z, each of both views
-    h, z = (torch.cat([part[e][view] for view in (0, 1) for part in micro_batches]) for e in (0, 1))
+    pairs = zip(firsts, seconds, strict=True)
+    parts = [[e.chunk(2) for e in repeated(torch.cat(pair))] for pair in pairs]  # h, z of 2 views
+    h, z = (torch.cat([part[e][view] for view in (0, 1) for part in parts]) for e in (0, 1))
     return h, z
 
 
@@ -164,8 +152,9 @@ def nt_xent(
         raise ValueError(f"z1 and z2 must both be (N, d), N >= 1: {(*z1.shape,)}, {(*z2.shape,)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    n, loss, nearest = len(z1), 0.0, []
-    with _full_precision(z1.device.type):
+    n, loss, nearest, device = len(z1), 0.0, [], z1.device.type
+    autocast = torch.amp.is_autocast_available(device)  # not on the meta device
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
         all_z, first = gather(z), 2 * n * rank  # z itself and 0 with a single rank
         # One view at a time: the backward pass then holds a softmax of N×2N for each view and two
@@ -177,9 +166,3 @@ def nt_xent(
             loss = loss + F.cross_entropy(similarity, target, reduction="sum")
             nearest.append(similarity.detach().argmax(dim=1) == target)
     return loss / (2 * n), torch.cat(nearest).float().mean()
-
-
-def _full_precision(device_type: str) -> AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # the meta device has no autocast

@@ -39,12 +39,6 @@ from training.metrics import read_metrics
 EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no different
 
 
-def views(cfg: DictConfig) -> figures.Figure:
-    """Random views of images of the pretraining split."""
-    split = load_split(cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers)
-    return figures.plot_views(cfg, split.images)
-
-
 def curves(runs: dict[Path, tuple[DictConfig, list[dict[str, float | None]]]]) -> figures.Figure:
     """Curves of runs (config, metrics), each named by the settings that differ, or by its path."""
     first, *others = (cfg for cfg, _ in runs.values())
@@ -100,7 +94,8 @@ def pictures(
         return
     run = runs[0] if runs else None
     cfg = read_config(run, overrides)
-    yield "views", partial(views, cfg)
+    source = cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers
+    yield "views", lambda: figures.plot_views(cfg, load_split(*source).images)
     if run is not None:
         data = cache(partial(represent, run, cfg))
         yield "confusion", lambda: figures.plot_confusion(run_results(run, MAY_CHANGE))

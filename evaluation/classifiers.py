@@ -63,11 +63,7 @@ def fit_logistic(task: EvaluationTask, index: Tensor, **penalty: float) -> Class
     """scikit-learn's logistic regression on standardised features: independent of our layer."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **penalty))
     model.fit(task.h[index].float().cpu().numpy(), task.train.labels[index].cpu().numpy())
-
-    def scores(h: Tensor) -> Tensor:
-        return torch.from_numpy(model.predict_proba(h.float().cpu().numpy())).to(h.device)
-
-    return scores
+    return lambda h: torch.from_numpy(model.predict_proba(h.float().cpu().numpy())).to(h.device)
 
 
 def fit_network(task: EvaluationTask, index: Tensor, **candidate: float) -> Classifier:

@@ -6,7 +6,7 @@ Each protocol returns scores of the test images; it never gets their labels.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,14 +74,11 @@ def run_protocols(
         task = task._replace(h=h, test_h=test_h)
         feature_seconds = time.perf_counter() - start
     for protocol in protocols:
-        start = time.perf_counter()
+        tunes = protocol == "finetune"  # a copy of the encoder, and needs no features
+        start = time.perf_counter() - (0 if tunes else feature_seconds)
         with naming(task, protocol):
-            if protocol == "finetune":
+            with nullcontext() if tunes else frozen(task.enc):
                 result = RUN[protocol](task)
-            else:
-                start -= feature_seconds
-                with frozen(task.enc):
-                    result = RUN[protocol](task)
             trained = "learning_rate" in result.settings
             check_finite("the scores are", result.scores, torch.float32, trained)
         settings = result.settings

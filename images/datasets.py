@@ -7,7 +7,6 @@ that training needs neither PIL nor loader processes.
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,10 +206,11 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
     """
     root = data_dir / ("test" if split == "test" else "train")
     classes, loose, others = list_folder(root, data_dir)
+    unsorted = f"{root} has images in no class folder ({name_few(loose)})"
     if loose and split != "pretrain":
         raise UserError(
-            f"{root} has images in no class folder ({name_few(loose)}): labels are needed, each "
-            "image in data_dir/train/<class>/ or data_dir/test/<class>/"
+            f"{unsorted}: labels are needed, each image in data_dir/train/<class>/ or "
+            "data_dir/test/<class>/"
         )
     expected = list_folder(data_dir / "train", data_dir).classes if split == "test" else classes
     if classes != expected:
@@ -221,18 +221,10 @@ def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
     found, left_out = find_images([root] if loose else [root / name for name in classes], data_dir)
     labels = [-1 if loose else label for label, files in enumerate(found) for _ in files]
     images = decode([file for files in found for file in files], image_size, workers)
-    remarks = _remarks(root, split, classes, loose, {*others, *left_out})
-    return Split(images, torch.tensor(labels), [] if loose else classes, tuple(remarks))
-
-
-def _remarks(
-    root: Path, split: str, classes: list[str], loose: list[Path], others: set[Path]
-) -> Iterator[str]:
-    yield from name_others(root, others)
+    remarks = [*name_others(root, {*others, *left_out})]
     if loose:
-        yield (
-            f"{root} has images in no class folder ({name_few(loose)}): all below it are taken "
-            "without labels, so there is no kNN"
-        )
+        remarks.append(f"{unsorted}: all below it are taken without labels, so there is no kNN")
     elif split == "pretrain" and len(classes) == 1:
-        yield f"{root} has one class, {name_few([root / classes[0]])}, so there is no kNN"
+        only = name_few([root / classes[0]])
+        remarks.append(f"{root} has one class, {only}, so there is no kNN")
+    return Split(images, torch.tensor(labels), [] if loose else classes, tuple(remarks))

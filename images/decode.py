@@ -136,22 +136,14 @@ def _load(source: Path | io.BytesIO) -> Image.Image:
         with _pillow():
             file.load()
         if deep and file.mode[0] != "I":
-            _check_high_bytes(file)
+            levels = np.asarray(file.convert("RGB"))
+            low, high = 256 * int(levels.min()), 256 * int(levels.max()) + 255
+            if high - low < 2**14:  # they would need the low bytes, which Pillow drops
+                raise Unusable(f"its values reach from {low} to {high}: stretch them to 16 bits")
         turn = None
         with suppress(Unusable), _pillow():  # ignored where it cannot be read
             turn = TURNS.get(file.getexif().get(0x0112))
         return file if turn is None else file.transpose(turn)
-
-
-def _check_high_bytes(image: Image.Image) -> None:
-    """Raise Unusable if colours of 16 bits reach over less than a quarter of their range.
-
-    So do 14 bits or fewer; they would need the low bytes, which Pillow drops.
-    """
-    levels = np.asarray(image.convert("RGB"))
-    low, high = 256 * int(levels.min()), 256 * int(levels.max()) + 255
-    if high - low < 2**14:
-        raise Unusable(f"its values reach from {low} to {high}: stretch them to 16 bits")
 
 
 def _in_8_bits(values: np.ndarray, transparent: int | None) -> np.ndarray:

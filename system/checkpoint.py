@@ -135,7 +135,15 @@ def load_init(enc: nn.Module, init: str) -> str:
     if theirs.shape != ours.shape:
         weights["conv1.weight"] = ours
         line += f"; conv1 has another shape, {(*theirs.shape,)} not {(*ours.shape,)}: stays random"
-    _load_strictly(enc, weights, init)
+    try:
+        enc.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"init={init}: does not fit the encoder ({reason[:300]} …): choose the backbone that "
+            "it holds with backbone=NAME, or another file"
+        ) from None
+    _check_values(enc, f"init={init}")
     return line
 
 
@@ -147,18 +155,6 @@ def _without_prefix(saved: Any, init: str) -> dict[str, Tensor]:
             f"init={init}: must hold a checkpoint of simclr.py or the state dict of a ResNet"
         )
     return {key.removeprefix("enc."): value for key, value in items}
-
-
-def _load_strictly(enc: nn.Module, weights: dict[str, Tensor], init: str) -> None:
-    try:
-        enc.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"init={init}: does not fit the encoder ({reason[:300]} …): choose the backbone that "
-            "it holds with backbone=NAME, or another file"
-        ) from None
-    _check_values(enc, f"init={init}")
 
 
 def _check_values(model: nn.Module, where: str) -> None:

@@ -31,12 +31,8 @@ def select_device(name: str) -> torch.device:
 
     Raises ConfigError for a device that this machine does not have.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    devices = [device for device, there in available.items() if there]
+    there = torch.cuda.is_available(), torch.backends.mps.is_available(), True
+    devices = [device for device, is_there in zip(DEVICES[1:], there, strict=True) if is_there]
     if name not in ("auto", *devices):
         raise ConfigError(
             f"device={name!r}: must be one that this machine has, {', '.join(devices)}, "

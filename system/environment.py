@@ -6,6 +6,7 @@ A variable that is set but empty, as a container's or a job script's often is, c
 import os
 import re
 import sys
+from traceback import walk_tb
 from types import TracebackType
 from typing import NamedTuple
 
@@ -27,29 +28,19 @@ def drop_empty() -> None:
             del os.environ[name]
 
 
-def describe_import_error(error: BaseException) -> str | None:
-    """One line for an error of a package's import that a variable caused; None for any other."""
-    frames, trace = [], error.__traceback__
-    while trace is not None:
-        frames.append(trace.tb_frame.f_code.co_name)
-        trace = trace.tb_next
-    if not isinstance(error, ValueError) or "<module>" not in frames[1:]:  # [0] is the script
-        return None
-    said = " ".join(str(error).split())[:300]
-    for name, value in os.environ.items():
-        if re.search(rf"\b{re.escape(name)}\b", said) or repr(value) in said:
-            return f"error: the environment variable {name}={value}: {said}; unset {name}"
-    return None
-
-
 def _excepthook(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    line = describe_import_error(error)
-    if line is None:
-        return sys.__excepthook__(kind, error, trace)
-    print(line, file=sys.stderr)
-    sys.exit(ConfigError.exit_code)
+    """Say in one line that a package's import failed because of a variable, and of which."""
+    names = [frame.f_code.co_name for frame, _ in walk_tb(trace)]
+    if isinstance(error, ValueError) and "<module>" in names[1:]:  # [0] is the script
+        said = " ".join(str(error).split())[:300]
+        for name, value in os.environ.items():
+            if re.search(rf"\b{re.escape(name)}\b", said) or repr(value) in said:
+                line = f"error: the environment variable {name}={value}: {said}; unset {name}"
+                print(line, file=sys.stderr)
+                sys.exit(ConfigError.exit_code)
+    sys.__excepthook__(kind, error, trace)
 
 
 class Launch(NamedTuple):

@@ -36,14 +36,6 @@ class ConfigError(UserError):
     exit_code = 2
 
 
-class NotFinite(Exception):
-    """Raised for a non-finite loss or gradient; holds the step metrics and learning rate."""
-
-    def __init__(self, step_metrics: dict[str, float], learning_rate: float) -> None:
-        super().__init__("not finite")
-        self.step_metrics, self.learning_rate = step_metrics, learning_rate
-
-
 class Stopped(BaseException):
     """The process was asked to end by a signal: the whole sweep, so Hydra must not catch it."""
 

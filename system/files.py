@@ -55,18 +55,13 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        size = max(0.1, len(content) / 1e6)
+        size, free = max(0.1, len(content) / 1e6), ""
+        with suppress(OSError):  # the directory is gone
+            free = f", {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
         raise UserError(
-            f"{path} could not be written ({error.strerror}): it takes {size:,.1f} MB"
-            f"{_free(path.parent)}; free up space, or make the directory writable"
+            f"{path} could not be written ({error.strerror}): it takes {size:,.1f} MB{free}; free "
+            "up space, or make the directory writable"
         ) from None
-
-
-def _free(directory: Path) -> str:
-    try:
-        return f", {shutil.disk_usage(directory).free / 1e6:,.1f} MB are free there"
-    except OSError:  # the directory is gone
-        return ""
 
 
 def read_yaml(path: Path) -> DictConfig:

@@ -13,6 +13,7 @@ from torch._inductor import config as inductor
 from system import device
 from system.device import (
     autocast,
+    compile_static,
     select_compile,
     select_device,
     select_precision,
@@ -224,4 +225,23 @@ def test_no_compiler_at_all_is_one_line(compiler):
     with inductor.patch({"cpp.cxx": (None, compiler)}), refused as error:
         select_compile(True, CPU, 1)
     assert "\n" not in str(error.value) and "TORCHDYNAMO_VERBOSE" not in str(error.value)
+    torch._dynamo.reset()
+
+
+def test_every_run_of_a_process_is_compiled(monkeypatch):
+    """After eight forms of a function torch would go on with it as it is."""
+    graphs = []
+
+    def double(x):
+        return 2 * x
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for size in range(2, 12):
+        assert select_compile(True, CPU, 1)
+        compile_static(double, True)(torch.zeros(size))
+    assert len(graphs) == 2 * 10
     torch._dynamo.reset()

@@ -317,6 +317,22 @@ def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkey
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_knn_takes_512_images_at_a_time_however_large_the_batch(run, write_images, tmp_path):
+    """Beside what a CUDA graph keeps there may be no room for more."""
+    data = write_images(tmp_path / "many", train=90, test=1)
+    sizes = []
+
+    def record(*args: object) -> float:
+        sizes.append(args[5])
+        return 0.5
+
+    for batch_size in (20, 260):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(simclr, "held_out_knn", record)
+            run(f"data_dir={data}", f"batch_size={batch_size}", "epochs=1")
+    assert sizes == [40, 512]
+
+
 def test_seconds_are_those_of_the_steps_without_knn_and_saving(run, monkeypatch):
     clock = [0.0]
 

@@ -500,6 +500,17 @@ def test_fine_tuning_sees_new_crops_in_every_epoch(evaluate, monkeypatch):
     assert {args for _, args in drawn} == {(8, (0.2, 0.9), 0.3)}
 
 
+def test_crops_of_fine_tuning_are_made_in_float32(evaluate, monkeypatch):
+    """As in pretraining: in half precision the weights of a resize do not sum to 1."""
+    crops = []
+    crop = classifiers.random_crop_flip
+    monkeypatch.setattr(
+        classifiers, "random_crop_flip", lambda *args: crops.append(crop(*args)) or crops[-1]
+    )
+    evaluate("protocols=[finetune]", "precision=bf16")
+    assert {x.dtype for x in crops} == {torch.float32}
+
+
 def test_no_batch_of_fine_tuning_has_one_image(evaluate, spy):
     """For which batch norm has no statistics: nine labels in batches of two."""
     evaluate("protocols=[finetune]", "labels=3", "batch_size=2", "finetune_learning_rate=0.1")

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY
 from omegaconf import OmegaConf
 from test_commands import SWEEP, command
@@ -14,7 +16,7 @@ from test_commands import SWEEP, command
 import config
 import training.record
 from system.errors import ConfigError, UserError
-from system.sweeps import LONGEST, directory_name
+from system.sweeps import LONGEST, directory_name, note_failure
 
 try:
     import cloudpickle
@@ -86,6 +88,31 @@ def test_a_bug_in_a_job_ends_no_other_job_and_has_its_traceback(sweep, call, mon
     assert code == 1 and complete() == 2 and len(jobs) == 3
     assert "seed-2: ZeroDivisionError: a bug of ours" in error
     assert "in break_second" in call.stdout  # the traceback
+
+
+def test_a_failed_job_keeps_no_tensor(tmp_path):
+    """Hydra keeps its exception to the end of the sweep; on a GPU the next job needs the memory."""
+    held = []
+
+    def compute():
+        activations = torch.zeros(1)
+        held.append(weakref.ref(activations))
+        raise RuntimeError("out of memory")
+
+    def job():
+        weights = torch.zeros(1)
+        held.append(weakref.ref(weights))
+        try:
+            compute()
+        except RuntimeError:
+            raise UserError("too large") from None
+
+    with pytest.raises(UserError) as error:
+        job()
+    assert all(tensor() is not None for tensor in held)
+    paths = {"sweep": {"dir": str(tmp_path)}, "runtime": {"output_dir": str(tmp_path)}}
+    note_failure(OmegaConf.create(paths), error.value)
+    assert len(held) == 2 and all(tensor() is None for tensor in held)
 
 
 def test_a_signal_ends_a_sweep(sweep, monkeypatch):

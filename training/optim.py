@@ -32,25 +32,15 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     parameters = list(parameters)
+    defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
     if name != "sgd":
-        return {"lars": LARS, "muon": Muon}[name](parameters, momentum, weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=0.0,
-        momentum=momentum,
-        nesterov=momentum > 0,
-        weight_decay=weight_decay,
-        fused=fused and parameters[0].device.type in FUSED,
-    )
+        return {"lars": LARS, "muon": Muon}[name](parameters, defaults)
+    fused = fused and parameters[0].device.type in FUSED
+    return torch.optim.SGD(parameters, **defaults, nesterov=momentum > 0, fused=fused)
 
 
 class _PerWeight(torch.optim.Optimizer):
     """Updates weight by weight, each with a velocity; subclasses say how one is updated."""
-
-    def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
-        super().__init__(
-            parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
-        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from system.checkpoint import checkpoint_name, save_checkpoint
 from system.device import start_copy
-from system.errors import NotFinite, Stopped, StopSignals, UserError
+from system.errors import Stopped, StopSignals, UserError
 from system.files import move_aside, write_file
 from training.distributed import all_reduce_max, barrier, rank
 from training.metrics import TensorBoard, collapsed, epoch_means, is_finite, write_metrics
@@ -39,7 +39,7 @@ class RunRecord:
         self.steps, self.writes = steps, rank() == 0
         self.board = TensorBoard(run_dir)
         self.stop = StopSignals(all_reduce_max)
-        self.pending: tuple[Callable[[], dict[str, float]], float] | None = None
+        self.pending: list[tuple[Callable[[], dict[str, float]], float]] = []  # not read yet
         self.keep = True  # the state on disk as the previous one
         self.saved_at = time.monotonic()
         self.unwritten: dict[str, str] = {}  # files whose last write failed, and why
@@ -67,8 +67,6 @@ class RunRecord:
                 self.check_written()
             except Stopped as stopped:
                 raise self._save_on_signal(training, stopped.number) from None
-            except NotFinite as error:
-                raise self._write_failure_report(training, error) from None
             finally:
                 self.board.close()
 
@@ -76,33 +74,29 @@ class RunRecord:
         """Record the metrics of a step; stop on a signal or a step that is not finite.
 
         They are read one step later, or at the end of the epoch, so that a GPU never waits for the
-        CPU. Raises NotFinite for a step that was not; Stopped after a signal.
+        CPU. Raises UserError for a step that was not; Stopped after a signal.
         """
-        previous, self.pending = self.pending, (start_copy(metrics), rate)
-        self._read(training, previous)
+        self.pending.append((start_copy(metrics), rate))
+        self._read(training, leave=1)
         signal = self.stop.noted()
         if signal or training.steps_done == self.steps - 1:
-            previous, self.pending = self.pending, None
-            self._read(training, previous)
+            self._read(training, leave=0)
         now = time.perf_counter()
         training.seconds, self.clock = training.seconds + now - self.clock, now
         if signal:
             raise Stopped(signal)
 
-    def _read(
-        self, training: Training, pending: tuple[Callable[[], dict[str, float]], float] | None
-    ) -> None:
-        if pending is None:
-            return
-        read, rate = pending
-        metrics = read()
-        if not is_finite(metrics, training.scaler.is_enabled()):
-            raise NotFinite(metrics, rate)
-        training.step_metrics.append(metrics)
-        if self.bar.update():  # true about once a second, when the bar is drawn
-            accuracy = f"contrastive {metrics['contrastive_accuracy']:.1%}"
-            progress = f"epoch {training.epoch + 1}, loss {metrics['loss']:.3f}, {accuracy}"
-            self.bar.set_postfix_str(progress, refresh=False)
+    def _read(self, training: Training, leave: int) -> None:
+        while len(self.pending) > leave:
+            read, rate = self.pending.pop(0)
+            metrics = read()
+            if not is_finite(metrics, training.scaler.is_enabled()):
+                raise self._write_failure_report(training, metrics, rate)
+            training.step_metrics.append(metrics)
+            if self.bar.update():  # true about once a second, when the bar is drawn
+                accuracy = f"contrastive {metrics['contrastive_accuracy']:.1%}"
+                progress = f"epoch {training.epoch + 1}, loss {metrics['loss']:.3f}, {accuracy}"
+                self.bar.set_postfix_str(progress, refresh=False)
 
     def end_epoch(
         self, training: Training, knn_acc: float | None, rate: float, view_size: int
@@ -182,15 +176,17 @@ class RunRecord:
         command = "same command" + ("" if self.config["resume"] else ", without resume=false,")
         return Stopped(signal, f"{where}; the state is saved: the {command} resumes the run")
 
-    def _write_failure_report(self, training: Training, error: NotFinite) -> UserError:
+    def _write_failure_report(
+        self, training: Training, metrics: dict[str, float], rate: float
+    ) -> UserError:
         i, n = training.steps_done, self.config["batch_size"]
-        loss, norm = (str(error.step_metrics[name]) for name in ("loss", "gradient_norm"))
+        loss, norm = (str(metrics[name]) for name in ("loss", "gradient_norm"))
         report = {
             "epoch": training.epoch + 1,
             "step": training.epoch * self.steps + i + 1,
             "loss": loss,  # as text: JSON has no nan
             "gradient_norm": norm,
-            "learning_rate": error.learning_rate,
+            "learning_rate": rate,
             "batch": training.order[i * n : (i + 1) * n].tolist(),
         }
         path = self.run_dir / "failure.json"

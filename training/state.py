@@ -26,6 +26,7 @@ STATE_PARTS = {
 }  # fmt: skip
 # On which the numbers of a run depend; plain strings, torch.__version__ is a class of torch's.
 VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+ELSE = "start over with resume=false, or choose another run directory with hydra.run.dir=PATH"
 
 
 @dataclass
@@ -120,9 +121,7 @@ def load_state(run_dir: Path) -> SavedState | None:
     if not any(path for pattern in RUN_MARKS for path in run_dir.glob(pattern)):
         return None
     raise UserError(
-        f"{run_dir} holds a run that can't be continued ({'; '.join(problems)}): start over with "
-        "resume=false, which moves its files aside, or choose a new run directory with "
-        "hydra.run.dir=PATH"
+        f"{run_dir} holds a run that can't be continued ({'; '.join(problems)}): {ELSE}"
     )
 
 
@@ -172,8 +171,7 @@ def choose_precision(choice: str, device: torch.device, saved: SavedState | None
         if name not in PRECISIONS or not computes_in(PRECISIONS[name], device):
             raise ConfigError(
                 f"precision=auto: the run of {saved.path} has precision={name}, in which this "
-                f"{device.type} cannot compute: resume it on a machine that can, start over with "
-                "resume=false, or choose another run directory with hydra.run.dir=PATH"
+                f"{device.type} cannot compute: resume it on a machine that can, {ELSE}"
             )
         if name != new:
             log.info(f"precision=auto: {name}, in which the run began; a new one would take {new}")
@@ -192,10 +190,7 @@ def restore(training: Training, saved: SavedState, images: str) -> None:
     """
     content = saved.content
     if content["images"] != images:
-        raise UserError(
-            f"the training images are not those of {saved.path}: restore them, start over with "
-            "resume=false, or choose another run directory with hydra.run.dir=PATH"
-        )
+        raise UserError(f"the training images are not those of {saved.path}: restore them, {ELSE}")
     try:
         training.model.load_state_dict(content["model"])
         training.optimizer.load_state_dict(content["optimizer"])
