@@ -7,6 +7,7 @@
 Two views of each image: augmentation, forward, loss, backward, optimizer. The plain pipeline
 (plain.py) is timed over epochs of a few batches, its loader processes at work beside the step.
 The table under it is of one eager step of ours: its parts timed one by one, and torch's profiler.
+On a GPU all steps here are eager or compiled; benchmarks/gpu.py times the CUDA graphs of a run.
 """
 
 import sys
