@@ -3,9 +3,9 @@
     python benchmarks/placement.py --size 224 --batch 256 --images 4096      # on a GPU
 
 Epochs of simclr.py on random images take turns. Like a run it reads the metrics of a step while
-the next is computed, so that the CPU is never further ahead; unlike one it records its CUDA graph in
-each epoch anew. `gather` is what the CPU does for the
-images of an epoch in host memory: copying stays hidden while that is below the time of an epoch.
+the next is computed, so that the CPU is never further ahead; unlike one it records a CUDA graph
+in each epoch. `gather` is what the CPU does for the images of an epoch in host memory: copying
+stays hidden while that is below the time of an epoch.
 """
 
 import sys

@@ -7,8 +7,8 @@ All ranks share the same batch, so twice as many are at best twice as fast. In t
 the same step without communication is timed: collectives return their input, gradients are not
 averaged. The difference is the share of communication, the wait for the slower rank included. On
 CPUs each rank has one thread, so one rank uses one core; batch norm takes the statistics of each
-rank's shard there, of the whole batch on GPUs. All steps are eager, as those of several ranks are in
-a run; that of one GPU is a CUDA graph there, and faster (docs/gpu.md).
+rank's shard there, of the whole batch on GPUs. All steps are eager, as those of several ranks are
+in a run; that of one GPU is a CUDA graph there, and faster (docs/gpu.md).
 """
 
 import json
