@@ -22,6 +22,8 @@ from system.errors import UserError
 
 log = logging.getLogger("simclr")
 
+SIMILARITIES = 2**26  # computed at once: 256 MiB
+
 
 class NotFinite(UserError):
     """Features, a classifier's loss or its scores have values that are not finite."""
@@ -165,7 +167,7 @@ def knn_scores(
     """
     bank = F.normalize(bank.float(), dim=1)
     scores = []
-    for part in queries.float().split(max(1, 2**26 // len(bank))):  # 256 MiB of similarities
+    for part in queries.float().split(max(1, SIMILARITIES // len(bank))):
         similarity = F.normalize(part, dim=1) @ bank.T  # n×M
         cosine, nearest = similarity.topk(min(k, len(bank)), dim=1)  # n×k
         weights = torch.ones_like(cosine) if temperature is None else (cosine / temperature).exp()

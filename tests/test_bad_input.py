@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,12 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, obey_permissions
+from conftest import REPOSITORY, make_config, make_images, obey_permissions, thin_resnet
 from PIL import Image
 from test_config import BAD
 from test_data import write_cifar
 from torchvision.datasets import CIFAR10
 
+import simclr
+from models import BACKBONES
 from system.checkpoint import load_checkpoint, to_bytes
 
 PRETRAIN, LIN = "simclr.py", "simclr_lin.py"
@@ -63,11 +66,23 @@ def images(write_images, tmp_path):
     return write_images(tmp_path / "images", train=8, test=3)
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """A folder with images and a run of one epoch of them. Only to be read."""
+    folder = tmp_path_factory.mktemp("complete")
+    make_images(folder / "images", train=8, test=3)
+    (folder / RUN).mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "resnet18", thin_resnet)
+        patch.chdir(folder)
+        simclr.pretrain(make_config(*TRAIN), Path(RUN))
+    return folder
+
+
 @pytest.fixture
-def trained(thin, images, call):
-    """A run of one epoch of `images`; returns its folder."""
-    code, error = call(PRETRAIN, *TRAIN)
-    assert code == 0, error
+def trained(thin, complete, call, tmp_path):
+    """A copy of that folder as the working directory; returns the run's."""
+    shutil.copytree(complete, tmp_path, dirs_exist_ok=True)
     return Path(RUN)
 
 

@@ -129,21 +129,13 @@ def test_a_checkpoint_is_evaluated_on_another_dataset(run, thin, tmp_path, write
     assert {path: path.read_bytes() for path in (tmp_path / file).parent.glob("*")} == before
 
 
-@pytest.mark.parametrize(
-    ("override", "code", "message"),
-    [
-        ("temperature=-1", 2, "temperature=-1: must be a number above 0"),
-        ("dataset=folder", 1, "train cannot be read (No such file or directory)"),
-    ],
-)
-def test_a_mistake_is_one_line_and_an_exit_code(tmp_path, override, code, message):
+def test_a_mistake_is_one_line_and_an_exit_code(tmp_path):
     """No traceback, nothing left behind; the other mistakes are in test_bad_input.py."""
-    done = command(tmp_path, "simclr.py", *TOY, override)
-    assert done.returncode == code, done.stderr
+    done = command(tmp_path, "simclr.py", *TOY, "dataset=folder")
+    assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
-    if code == 2:  # before Hydra makes the run directory
-        assert not list(tmp_path.iterdir())
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert "train cannot be read (No such file or directory)" in lines[0]
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files <= {".simclr.lock"}
 

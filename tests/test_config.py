@@ -28,9 +28,13 @@ def test_defaults(config):
         "crop_scale": [0.08, 1.0], "color_strength": 0.5, "grayscale_probability": 0.2,
         "flip_probability": 0.5, "blur_probability": 0.0, "checkpoint": None,
         "precision": "auto", "compile": "auto",
-        "activation_checkpointing": False, "view_sizes": None,
+        "activation_checkpointing": False, "view_sizes": None, "recipe": "published",
+        "hidden_dim": 2048, "cifar_stem": True, "init": None, "sync_batchnorm": True,
+        "micro_batch_size": None, "knn_interval": 10, "save_minutes": 10, "resume": True,
+        "warmup_epochs": 0, "protocols": ["knn", "linear"], "baselines": [], "labels": None,
+        "runs": 1, "finetune_views": 5, "finetune_weight_decay": 0.0, "predict": None,
     }  # fmt: skip
-    assert {key: cfg[key] for key in given} == given
+    assert cfg == given
 
 
 def keys_read(node):
@@ -71,7 +75,12 @@ def test_the_default_recipe_changes_nothing_and_the_others_state_their_values(co
         changed = {key for key in KEYS if cfg[key] != default[key]}
         assert changed - {"recipe"} - set(values or {}) <= {"finetune_learning_rate"}
     assert config("recipe=simsiam").learning_rate == pytest.approx(0.06)
-    assert config("recipe=paper").learning_rate == 4 and config("recipe=paper").batch_size == 1024
+    fast, paper = config("recipe=fast"), config("recipe=paper")
+    assert (paper.learning_rate, paper.batch_size, paper.warmup_epochs) == (4, 1024, 10)
+    assert (paper.backbone, paper.optimizer) == ("resnet50", "lars")
+    assert (fast.optimizer, fast.temperature, fast.batch_size) == ("muon", 0.1, 256)
+    assert fast.view_sizes == [[16, 0.85], [24, 0.15]] and fast.min_learning_rate == 0
+    assert fast.learning_rate == pytest.approx(0.0704) and fast.crop_scale == [0.2, 1.0]
 
 
 def test_the_command_line_wins_over_a_recipe(config):

@@ -282,6 +282,14 @@ def test_on_gpus_batch_norm_is_torchs_synchronised_one(monkeypatch, thin):
         assert len(layers) == (6 if sync else 0)
 
 
+def test_the_config_says_whether_batch_norm_is_synchronised(monkeypatch, thin, toy):
+    seen = []
+    monkeypatch.setattr(distributed, "wrap_ddp", lambda model, sync: seen.append(sync) or model)
+    for choice in ("true", "false"):
+        simclr.start_training(toy(f"sync_batchnorm={choice}"), CPU, 1)
+    assert seen == [True, False]
+
+
 def test_shards_of_the_columns(monkeypatch):
     x = torch.arange(16).view(1, 16)
     assert torch.equal(distributed.local_shard(x, views=2), x)
@@ -313,6 +321,13 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     refused = pytest.raises(UserError, match=r"local rank 2 has no GPU .*at most 2")
     with refused, distributed.process_group(CUDA):
         pass
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "_join", lambda here: 1 / 0)
+    with pytest.raises(ZeroDivisionError), distributed.process_group(CUDA):
+        pass
+    assert chosen == [2]
 
 
 def test_the_evaluation_is_refused_under_torchrun(monkeypatch):

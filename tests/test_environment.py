@@ -59,12 +59,13 @@ def test_each_command_imports_it_before_all_else(script):
     assert ast.unparse(first) == "import system.environment"
 
 
-def test_set_but_empty_is_unset(tmp_path):
+def test_set_but_empty_is_unset(tmp_path, write_images):
+    few = "dataset=folder", f"data_dir={write_images(tmp_path / 'images', train=2)}", "batch_size=6"
     blank = {name: " " if name == "RANK" else "" for name in EMPTY | OURS}
-    done = start(tmp_path, str(REPOSITORY / "simclr.py"), *TRAIN, **blank)
+    done = start(tmp_path, str(REPOSITORY / "simclr.py"), *TRAIN, *few, **blank)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Error" not in done.stderr
-    assert (tmp_path / "logs/SimCLR/digits/resnet18/metrics.jsonl").exists()
+    assert (tmp_path / "logs/SimCLR/folder/resnet18/metrics.jsonl").exists()
 
 
 def test_where_empty_says_something_it_stays(monkeypatch):

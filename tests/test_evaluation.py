@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from evaluation import features
 from evaluation.features import (
     accuracy,
     clean_features,
@@ -84,6 +85,7 @@ def test_knn_is_scikit_learns_cosine_knn(k):
     reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(bank, labels)
     predicted = knn_scores(bank, labels, queries, 7, k).argmax(dim=1)
     assert predicted.tolist() == reference.predict(queries).tolist()
+    assert knn_scores(bank, labels, queries, 7).sum(dim=1).unique().tolist() == [10]  # the default
 
 
 def test_weighted_knn_is_wu_et_als():
@@ -99,9 +101,10 @@ def test_weighted_knn_is_wu_et_als():
     )
 
 
-def test_knn_with_a_bank_smaller_than_k_and_queries_in_several_parts():
+def test_knn_with_a_bank_smaller_than_k_and_queries_in_several_parts(monkeypatch):
     bank, labels = torch.eye(3), torch.arange(3)
     assert accuracy(knn_scores(bank[:1], labels[:1], bank, 3), labels) == pytest.approx(1 / 3)
+    monkeypatch.setattr(features, "SIMILARITIES", 3000)
     queries = bank.repeat(700, 1)  # 2,100: three parts
     assert accuracy(knn_scores(bank, labels, queries, 3, k=1), labels.repeat(700)) == 1
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, obey_permissions
+from conftest import REPOSITORY, obey_permissions, stop_in_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_files import file_size_limit
 
@@ -66,6 +66,23 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_within_a_step(
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["epoch"], failure["step"], failure[name]) == (epochs + 1, step, "nan")
     assert failure["learning_rate"] > 0 and len(set(failure["batch"])) == 8
+
+
+@pytest.mark.parametrize("end", ["signal", "not finite"])
+def test_ranks_end_after_the_files_are_written(cfg, tmp_path, at_step, monkeypatch, end):
+    """A rank that ends makes torchrun end the others, in the middle of a write."""
+    done = []
+    for name in ("save_state", "write_file"):
+        write = getattr(record, name)
+        monkeypatch.setattr(record, name, lambda *a, w=write: w(*a) or done.append("written"))
+    monkeypatch.setattr(record, "barrier", lambda: done.append("barrier"))
+    if end == "signal":
+        stop_in_step(monkeypatch, 2)
+    else:
+        at_step(2, lambda values: {"loss": torch.tensor(math.nan)})
+    with pytest.raises((Stopped, UserError)):
+        simclr.pretrain(cfg("precision=fp32"), tmp_path)
+    assert done[-2:] == ["written", "barrier"]
 
 
 def test_failure_json_names_the_images_of_the_step(cfg, tmp_path, at_step, monkeypatch):
@@ -324,12 +341,14 @@ def test_a_signal_ends_the_process_with_128_and_its_number_in_one_line(tmp_path,
     run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
     process = start(tmp_path)
     wait_for(run / "metrics.jsonl", process)
-    second = subprocess.run(
-        process.args, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
-    assert second.returncode == 1 and second.stderr.startswith("error: logs/SimCLR/digits/resnet18")
-    assert "is in use by another simclr.py: wait until that ends, or choose" in second.stderr
+    if number == signal.SIGTERM:  # once is enough
+        second = subprocess.run(
+            process.args, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert second.stderr.startswith("error: logs/SimCLR/digits/resnet18 is in use by another s")
+        assert "imclr.py: wait until that ends, or choose" in second.stderr
     process.send_signal(number)
     said = process.communicate(timeout=60)[1].split("\n")
     assert process.returncode == 128 + number, said

@@ -267,3 +267,12 @@ def test_an_exported_encoder_is_the_encoder_for_any_batch_size(device, thin, tmp
     loaded = torch.export.load(tmp_path / "encoder.pt2").module()
     images = torch.rand(5, 3, 8, 8).to(device)
     torch.testing.assert_close(loaded(images), enc(images))
+
+
+def test_every_convolution_is_initialised_as_torchvisions():
+    """He et al.: variance 2 / (output channels · kernel area), the stem of small images too."""
+    torch.manual_seed(0)
+    for name, conv in SimCLR().enc.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            fan_out = conv.out_channels * conv.weight[0, 0].numel()
+            assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name

@@ -10,6 +10,7 @@ import time
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -414,7 +415,28 @@ def test_tensorboard_shows_each_epoch_once(run):
     )
 
 
+def slow_steps(monkeypatch, seconds):
+    """Each step takes so many seconds by the clock of record.py, and nothing else any."""
+    clock, step = [0.0], simclr.train_step
+
+    def slow(*args):
+        clock[0] += seconds
+        return step(*args)
+
+    monkeypatch.setattr(simclr, "train_step", slow)
+    timer = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
+    monkeypatch.setattr(record, "time", timer)
+
+
+def test_the_seconds_before_a_stop_count(run, monkeypatch):
+    slow_steps(monkeypatch, 1)
+    run("run", stop=2)
+    found = [json.loads(line) for line in (run("run") / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in found] == [3, 3, 3]
+
+
 def test_a_state_is_written_every_save_minutes(run, monkeypatch):
+    slow_steps(monkeypatch, 20)  # a minute an epoch
     written = []
     save = record.save_state
     monkeypatch.setattr(
@@ -423,7 +445,8 @@ def test_a_state_is_written_every_save_minutes(run, monkeypatch):
     )  # fmt: skip
     run("often", "save_minutes=0")
     run("seldom")
-    assert written == [0, 1, 2, 3, 0, 3]
+    run("between", "save_minutes=2")
+    assert written == [0, 1, 2, 3, 0, 3, 0, 2, 3]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "tampered", "missing"])

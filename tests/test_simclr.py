@@ -264,7 +264,7 @@ def test_compiling_what_can_not_be_compiled_is_refused_before_anything_is_read(t
     toy("compile=auto", recompute)
 
 
-def test_an_epoch_waits_for_no_value_of_a_step(device, toy, tmp_path, monkeypatch):
+def test_an_epoch_waits_for_no_value_of_a_step(thin, device, toy, tmp_path, monkeypatch):
     """Logging costs no sync a step: the metrics are copied without waiting, and read later."""
     cfg = toy("precision=fp32", "epochs=1", "knn_interval=0")
     training = simclr.start_training(cfg, device, 3)
@@ -281,7 +281,7 @@ def test_an_epoch_waits_for_no_value_of_a_step(device, toy, tmp_path, monkeypatc
     assert len(steps) == 3 and all(isinstance(s["loss"], float) for s in steps)
 
 
-def test_a_step_reports_its_gradient_norm_unscaled_and_the_geometry_of_z(toy):
+def test_a_step_reports_its_gradient_norm_unscaled_and_the_geometry_of_z(thin, toy):
     for precision in ("fp32", "fp16"):
         cfg = toy(f"precision={precision}", "projection_dim=4", "hidden_dim=8")
         training = simclr.start_training(cfg, torch.device("cpu"), 2)
@@ -315,6 +315,13 @@ def test_knn_in_training_never_sees_the_test_set_and_changes_nothing(run, monkey
     assert {line["knn_acc"] for line in metrics(without)} == {None}
     a, b = (load_checkpoint(f / "simclr_resnet18_epoch5.pt")["model"] for f in (with_knn, without))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_knn_is_at_the_full_size_whatever_the_views(run, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(simclr, "held_out_knn", lambda *args: sizes.append(args[4]) or 0.5)
+    run("view_sizes=[[8,0.5],[12,0.5]]", "image_size=16", "epochs=2", "knn_interval=1")
+    assert sizes == [16, 16]
 
 
 def test_knn_takes_512_images_at_a_time_however_large_the_batch(run, write_images, tmp_path):
@@ -361,7 +368,7 @@ def test_the_held_out_tenth_is_the_same_for_every_seed(run, monkeypatch):
     assert torch.equal(*seen)
 
 
-def test_one_image_a_class_can_be_pretrained_on_without_knn(toy, write_images, tmp_path):
+def test_one_image_a_class_can_be_pretrained_on_without_knn(thin, toy, write_images, tmp_path):
     data = f"data_dir={write_images(tmp_path / 'few', classes=4, train=1)}"
     with pytest.raises(UserError, match="none can be held out: knn_interval=0 leaves kNN out"):
         simclr.pretrain(toy(data, "batch_size=4"), tmp_path)
@@ -432,7 +439,7 @@ def test_the_model_computes_in_the_precision_and_the_loss_in_float32(
 
 
 def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(
-    device, toy, monkeypatch
+    device, thin, toy, monkeypatch
 ):
     cfg = toy("precision=fp16", "projection_dim=4", "hidden_dim=8")
     training = simclr.start_training(cfg, device, 2)
@@ -459,14 +466,14 @@ def test_float16_gradients_are_scaled_and_a_step_that_overflows_is_left_out(
         torch.testing.assert_close(new.detach(), old - first, atol=1e-6, rtol=1e-4)
 
 
-def test_float16_alone_gets_a_scaler(toy):
+def test_float16_alone_gets_a_scaler(thin, toy):
     for name, enabled in (("fp32", False), ("bf16", False), ("fp16", True)):
         training = simclr.start_training(toy(f"precision={name}"), torch.device("cpu"), 6)
         assert training.scaler.is_enabled() == enabled
         assert training.optimizer.param_groups[0]["fused"] != enabled
 
 
-def test_model_and_optimizer_are_laid_out_for_speed(toy):
+def test_model_and_optimizer_are_laid_out_for_speed(thin, toy):
     training = simclr.start_training(toy(), torch.device("cpu"), 6)
     last = torch.channels_last
     assert training.model.enc.layer1[0].conv1.weight.is_contiguous(memory_format=last)
@@ -625,7 +632,7 @@ def test_the_config_reaches_micro_batches_lars_and_warm_up(run, rates, monkeypat
     assert peak == (1e-6, pytest.approx(0.3 * 8 / 256))  # the last step of the warm-up
 
 
-def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
+def test_compile_takes_the_model_and_the_views(thin, toy, monkeypatch):
     compiled = []
 
     def compile_function(f, **options):
@@ -658,7 +665,7 @@ def test_compile_takes_the_model_and_the_views(toy, monkeypatch):
     assert compiled == [forward, simclr.random_views] and training.compiled
 
 
-def test_main_returns_the_knn_accuracy_for_hydra_s_sweepers(toy, tmp_path, monkeypatch):
+def test_main_returns_the_knn_accuracy_for_hydra_s_sweepers(thin, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(simclr, "run_directory", lambda: tmp_path)
     found = simclr.main.__wrapped__(toy("epochs=1"))
     assert found == metrics(tmp_path)[-1]["knn_acc"] and 0 <= found <= 1

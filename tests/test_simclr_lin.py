@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import simclr
 import simclr_lin
 from config import PROTOCOLS
 from evaluation import classifiers, protocols
+from evaluation import results as report
 from models import SimCLR
 from system.checkpoint import load_checkpoint
 from system.errors import ConfigError, UserError
@@ -137,6 +139,25 @@ def test_per_class_accuracy_and_confusion_matrix_are_the_headlines(evaluate, mon
     assert results["per_class_accuracy"] == pytest.approx(
         {"class0": 1 / 3, "class1": 1, "class2": 0}
     )
+
+
+def test_the_headline_is_the_checkpoints_whatever_the_baselines():
+    rows = [
+        {"encoder": encoder, "protocol": protocol, "accuracy": share, "top5": share}
+        for encoder, share in (("checkpoint", 0.9), ("random", 0.3), ("pixels", 0.2))
+        for protocol in ("knn", "linear")
+    ]
+    expected = {"linear_acc": 0.9, "linear_top5": 0.9, "knn_acc": 0.9}
+    assert report.headline(rows) == expected
+
+
+def test_top_5_is_the_share_of_labels_among_the_five_best_and_its_mean():
+    result = protocols.ProtocolResult(torch.arange(10.0).expand(10, 10), {})
+    found = report.score(result, torch.arange(10), 1.0)
+    assert (found["accuracy"], found["top5"]) == (0.1, 0.5)
+    runs = [found, {**found, "top5": 0.7, "seconds": 3.0}]
+    row = report.summarise("checkpoint", "linear", runs)
+    assert row["top5"] == pytest.approx(0.6) and row["seconds"] == 2
 
 
 def test_top_5_is_reported_from_ten_classes_up(toy, write_images, checkpoint, tmp_path):
@@ -527,7 +548,7 @@ def test_fine_tuning_in_float16_is_scaled(evaluate, monkeypatch):
     assert [scaler.is_enabled() for scaler in scalers] == [True, False]
 
 
-def test_architecture_and_size_come_from_the_checkpoint(toy, spy, tmp_path):
+def test_architecture_and_size_come_from_the_checkpoint(thin, toy, spy, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     simclr.pretrain(toy("epochs=1", "cifar_stem=false", "hidden_dim=16", "image_size=32"), run)
@@ -604,3 +625,22 @@ def test_predictions_are_those_of_the_linear_layer(toy, checkpoint, plain_colors
     with pytest.raises(UserError, match=r"nowhere: there is no directory .*nowhere"):
         cfg = toy(f"predict={tmp_path / 'nowhere'}", peak=PEAK)
         simclr_lin.predict(cfg, checkpoint, checkpoint.parent)
+
+
+def test_seconds_are_those_that_a_protocol_takes_alone(evaluate, monkeypatch):
+    """Features are computed once, and count for each protocol that has them."""
+    clock = [0.0]
+
+    def takes(seconds, function):
+        def slow(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return slow
+
+    monkeypatch.setattr(protocols, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(protocols, "clean_features", takes(10, protocols.clean_features))
+    for name, function in [*protocols.RUN.items()]:
+        monkeypatch.setitem(protocols.RUN, name, takes(1, function))
+    found = rows(evaluate("protocols=[knn,linear,finetune]"))
+    assert [row["seconds"] for row in found.values()] == [21, 21, 21, 1]
