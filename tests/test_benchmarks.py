@@ -216,3 +216,18 @@ def test_functions_are_timed_in_turn_after_one_call_of_each(module, monkeypatch)
 
     found = harness.alternate({"a": takes("a", 1), "b": takes("b", 2)}, 3)
     assert found == {"a": [1] * 3, "b": [2] * 3} and calls == ["a", "b"] * 4
+
+
+def test_micro_batches_take_less_memory_and_the_option_says_how_many(module, monkeypatch, capsys):
+    memory, seen = module("memory"), []
+    whole, parts = (
+        memory.step_memory("resnet18", 256, torch.bfloat16, False, 32, n) for n in (None, 64)
+    )
+    assert 0.1 < parts < 0.7 * whole
+    monkeypatch.setattr(memory, "step_memory", lambda *args: seen.append(args[-1]) or 1.0)
+    monkeypatch.setattr(memory, "loss_memory", lambda *args: 1.0)
+    command = "memory.py --backbone resnet18 --batch 4 --micro 2"
+    monkeypatch.setattr(sys, "argv", command.split())
+    memory.main()
+    assert seen == [2] * 4
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["resnet18_4_bf16_checkpointed"] == 1
