@@ -157,8 +157,8 @@ def nt_xent(
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
         all_z, first = gather(z), 2 * n * rank  # z itself and 0 with a single rank
-        # One view at a time: the backward pass then holds a softmax of N×2N for each view and two
-        # gradients of that size for one: two matrices of 2N×2N, where both at once take three.
+        # One view at a time: the backward pass holds four matrices of N×2N (the softmax of each
+        # view, two gradients of one), as large as two of 2N×2N; both at once would take three.
         for own, partner in ((0, n), (n, 0)):
             similarity = (z[own : own + n] / temperature) @ all_z.T  # N×2N
             similarity.diagonal(first + own).fill_(float("-inf"))  # k ≠ i

@@ -135,7 +135,7 @@ def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool 
     weights, fused = model.parameters(), not scaler.is_enabled()
     optimizer = make_optimizer(cfg.optimizer, weights, cfg.momentum, cfg.weight_decay, fused)
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    # each size is compiled for itself: the work in views of the least used one, in 32×32 views
+    # one compilation for each view size: count the least used one, in views of 32×32
     shares = [part * (size / 32) ** 2 for size, part in cfg.view_sizes or [[cfg.image_size, 1.0]]]
     work = 2 * cfg.batch_size * steps * min(shares)
     supported = memory == (False, None) and distributed.world_size() == 1
