@@ -138,7 +138,7 @@ def _load(source: Path | io.BytesIO) -> Image.Image:
         if deep and file.mode[0] != "I":
             levels = np.asarray(file.convert("RGB"))
             low, high = 256 * int(levels.min()), 256 * int(levels.max()) + 255
-            if high - low < 2**14:  # they would need the low bytes, which Pillow drops
+            if high - low < 2**14:  # 14 bits or fewer: the low bytes, which Pillow drops
                 raise Unusable(f"its values reach from {low} to {high}: stretch them to 16 bits")
         turn = None
         with suppress(Unusable), _pillow():  # ignored where it cannot be read

@@ -128,6 +128,18 @@ def toy(tmp_path, request) -> Callable[..., DictConfig]:
     return partial(toy_config, data, f"device={request.config.getoption('--device')}")
 
 
+def slowed(
+    clock: list[float], seconds: float, function: Callable[..., object]
+) -> Callable[..., object]:
+    """`function`, which takes so many seconds more by the clock, a list of one number."""
+
+    def slow(*args: object) -> object:
+        clock[0] += seconds
+        return function(*args)
+
+    return slow
+
+
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
     """SIGTERM comes while step `number` from here on is computed; None: no signal."""
     run_step = GraphedStep.__call__  # train_step itself does not run when a graph is replayed

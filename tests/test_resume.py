@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, stop_in_step
+from conftest import REPOSITORY, slowed, stop_in_step
 from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -417,13 +417,8 @@ def test_tensorboard_shows_each_epoch_once(run):
 
 def slow_steps(monkeypatch, seconds):
     """Each step takes so many seconds by the clock of record.py, and nothing else any."""
-    clock, step = [0.0], simclr.train_step
-
-    def slow(*args):
-        clock[0] += seconds
-        return step(*args)
-
-    monkeypatch.setattr(simclr, "train_step", slow)
+    clock = [0.0]
+    monkeypatch.setattr(simclr, "train_step", slowed(clock, seconds, simclr.train_step))
     timer = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: clock[0])
     monkeypatch.setattr(record, "time", timer)
 

@@ -5,11 +5,13 @@ import json
 import math
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import slowed
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.overrides import TorchFunctionMode
@@ -342,14 +344,7 @@ def test_knn_takes_512_images_at_a_time_however_large_the_batch(run, write_image
 
 def test_seconds_are_those_of_the_steps_without_knn_and_saving(run, monkeypatch):
     clock = [0.0]
-
-    def takes(seconds, function):
-        def slow(*args):
-            clock[0] += seconds
-            return function(*args)
-
-        return slow
-
+    takes = partial(slowed, clock)
     monkeypatch.setattr(simclr, "train_step", takes(1, simclr.train_step))
     monkeypatch.setattr(simclr, "held_out_knn", takes(100, simclr.held_out_knn))
     monkeypatch.setattr(record, "save_state", takes(1000, record.save_state))

@@ -6,12 +6,14 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from statistics import mean, stdev
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import slowed
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -630,14 +632,7 @@ def test_predictions_are_those_of_the_linear_layer(toy, checkpoint, plain_colors
 def test_seconds_are_those_that_a_protocol_takes_alone(evaluate, monkeypatch):
     """Features are computed once, and count for each protocol that has them."""
     clock = [0.0]
-
-    def takes(seconds, function):
-        def slow(*args):
-            clock[0] += seconds
-            return function(*args)
-
-        return slow
-
+    takes = partial(slowed, clock)
     monkeypatch.setattr(protocols, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(protocols, "clean_features", takes(10, protocols.clean_features))
     for name, function in [*protocols.RUN.items()]:
