@@ -6,76 +6,48 @@ Sorted by the final kNN accuracy of simclr.py on held-out training images, so th
 order does not choose on the test set. Test accuracies of simclr_lin.py stand beside it.
 """
 
-import system.environment  # noqa: F401, first
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
-from config import MAY_CHANGE
-from evaluation.results import markdown
-from evaluation.runs import Failed, noted, run_config, run_results
-from system.errors import UserError, one_line_errors
-from training.metrics import read_metrics
+from evaluation.results import differing_keys, markdown, percent, read_runs
+from system.errors import UserError, error_boundary
+from system.files import is_results, read_json
 
 
-def read_runs(runs: list[Path], failed: Failed) -> list[dict[str, Any]]:
-    """Config, last metrics and results of each run directory in one dict.
+def compare(runs: list[Path]) -> str:
+    """A Markdown table, best run first; runs without a kNN accuracy last.
 
-    A run with a damaged config or metrics is left out, results that are damaged or of another run
-    are: both are noted in `failed`.
+    Raises UserError if no run can be read.
     """
-    found = []
-    for run in runs:
-        with noted(failed, str(run)):
-            last = (read_metrics(run) or [{"epoch": 0}])[-1]
-            found.append({"run": run, "config": run_config(run), **last, "results": {}})
-            with noted(failed, str(run)):
-                found[-1]["results"] = run_results(run, MAY_CHANGE)
-    return found
+    found = read_runs([run for run in runs if run.is_dir()])  # Hydra leaves a file beside them
+    if not found:
+        raise UserError(f"no run directory among {', '.join(map(str, runs))}")
+    keys = differing_keys([config for config, _ in found.values()])
+    unique = len({run.name for run in found}) == len(found)
+    lines = []
+    for run, (config, metrics) in found.items():
+        last = metrics[-1] if metrics else {"epoch": 0, "knn_acc": None}
+        path = run / "results.json"
+        tested = read_json(path.read_bytes(), path) if path.exists() and is_results(path) else {}
+        accuracies = [percent(tested.get(key)) for key in ("linear_acc", "knn_acc")]
+        if tested.get("epoch", last["epoch"]) != last["epoch"]:  # of the checkpoint
+            accuracies = [text and f"{text} (epoch {tested['epoch']})" for text in accuracies]
+        name, settings = run.name if unique else str(run), [str(config.get(key)) for key in keys]
+        epochs, knn = f"{last['epoch']} of {config['epochs']}", last["knn_acc"]
+        lines.append((knn or -1, [name, *settings, epochs, percent(knn), *accuracies]))
+    lines.sort(key=lambda line: line[0], reverse=True)
+    head = ["run", *keys, "epochs", "kNN, training", "linear, test", "kNN, test"]
+    return markdown([head, *(cells for _, cells in lines)])
 
 
-def compare(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table, best run first; runs without a kNN accuracy last."""
-    configs = [run["config"] for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in MAY_CHANGE)
-    differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
-    lines = [["run", *differing, "epochs", "kNN, training", "linear, test", "kNN, test"]]
-    short = {run["run"].name for run in runs}
-    for run in sorted(runs, key=lambda run: -(run.get("knn_acc") or -1)):
-        results = run["results"]
-        values = run.get("knn_acc"), results.get("linear_acc"), results.get("knn_acc")
-        accuracies = ["" if value is None else f"{value:.2%}"[:-1] for value in values]
-        if (epoch := results.get("epoch", run["epoch"])) != run["epoch"]:  # of the checkpoint
-            accuracies[1:] = [text and f"{text} (epoch {epoch})" for text in accuracies[1:]]
-        epochs = f"{run['epoch']} of {run['config']['epochs']}"
-        settings = [str(run["config"].get(key)) for key in differing]
-        name = run["run"].name if len(short) == len(runs) else str(run["run"])
-        lines.append([name, *settings, epochs, *accuracies])
-    return markdown(lines)
-
-
-@one_line_errors()
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     args = parser.parse_args()
-    runs = [run for run in args.runs if (run / "config.yaml").is_file()]
-    for run in args.runs:
-        if run.is_dir() and run not in runs:  # Hydra leaves a file beside them
-            print(f"left out {run}, which has no config.yaml", file=sys.stderr)
-    if not runs:
-        raise UserError(f"no run directory among {', '.join(map(str, args.runs))}")
-    failed: Failed = {}
-    if found := read_runs(runs, failed):
-        print(compare(found))
-    for line, _ in failed:
-        print(f"error: {line}", file=sys.stderr)
-    if failed:
-        sys.exit(max(code for _, code in failed))
+    with error_boundary():
+        print(compare(args.runs))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-NAMES = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2",
-    "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
-)  # fmt: skip
-BACKBONES = {name: getattr(resnet, name) for name in NAMES}  # torchvision's
+BACKBONES = {name: getattr(resnet, name) for name in resnet.__all__ if name.islower()}
 
 
 class SimCLR(nn.Module):
@@ -119,11 +115,13 @@ def embed_in_micro_batches(
     synchronised batch norm do, and counts each once.
     """
     repeated = recomputed(embed, model)
-    firsts, seconds = (half.split(micro_batch_size) for half in views.chunk(2))
-    pairs = zip(firsts, seconds, strict=True)
-    parts = [[e.chunk(2) for e in repeated(torch.cat(pair))] for pair in pairs]  # h, z of 2 views
-    h, z = (torch.cat([part[e][view] for view in (0, 1) for part in parts]) for e in (0, 1))
-    return h, z
+    firsts, seconds = views.chunk(2)
+    h1, h2, z1, z2 = [], [], [], []
+    for pair in zip(firsts.split(micro_batch_size), seconds.split(micro_batch_size), strict=True):
+        h, z = repeated(torch.cat(pair))
+        for parts, part in zip((h1, h2, z1, z2), (*h.chunk(2), *z.chunk(2)), strict=True):
+            parts.append(part)
+    return torch.cat(h1 + h2), torch.cat(z1 + z2)
 
 
 def nt_xent(

@@ -14,145 +14,136 @@ Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts. Wha
 named with the reason; the exit code is 0 if a picture was drawn.
 """
 
-import system.environment  # noqa: F401, first
 import argparse
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from hydra import compose, initialize
-from omegaconf import DictConfig, OmegaConf
+from matplotlib.figure import Figure
 
-from config import MAY_CHANGE, RULES, check_values, register_config
+from config import Config, ConfigError, keys
 from evaluation import figures
-from evaluation.features import build_encoder, clean_features
-from evaluation.runs import Failed, noted, run_config, run_results
-from images.datasets import draw_stratified, load_split
-from images.host import take
-from system.checkpoint import find_checkpoint, load_checkpoint, named_checkpoint
-from system.commandline import quote_path, refusals
-from system.device import select_device, select_precision
-from system.errors import ConfigError, UserError, one_line_errors
-from training.metrics import read_metrics
+from evaluation.features import build_encoder, clean_features, open_checkpoint
+from evaluation.results import differing_keys, read_runs
+from images.datasets import Split, draw_stratified, load_split, select_images
+from system.checkpoint import find_checkpoint
+from system.commandline import register_config, to_config
+from system.device import select_device
+from system.errors import UserError, describe, error_boundary
+from system.files import read_config, read_json
 
 EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no different
 
 
-def curves(runs: dict[Path, tuple[DictConfig, list[dict[str, float | None]]]]) -> figures.Figure:
-    """Curves of runs (config, metrics), each named by the settings that differ, or by its path."""
-    first, *others = (cfg for cfg, _ in runs.values())
-    differing = [k for k in first if k not in MAY_CHANGE and any(c[k] != first[k] for c in others)]
-    named = [
-        (", ".join(f"{key} {cfg[key]}" for key in differing) or str(run), metrics)
-        for run, (cfg, metrics) in runs.items()
-    ]
+def curves(runs: list[Path]) -> Figure:
+    """The curves of runs, each named by the settings that differ, or by its path."""
+    found = read_runs(runs)
+    differing = differing_keys([config for config, _ in found.values()])
+    named = []
+    for run, (config, metrics) in found.items():
+        settings = ", ".join(f"{key} {config.get(key)}" for key in differing)
+        named.append((settings or str(run), metrics))
+    if not any(metrics for _, metrics in named):
+        raise UserError("there is no epoch to show yet")
     return figures.plot_curves(named)
 
 
-def represent(run: Path, cfg: DictConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments of `plot_embedding` and `plot_neighbours`, for cfg.checkpoint or the newest.
-
-    Raises UserError if the checkpoint or the labelled data is missing or damaged.
-    """
-    device, size = select_device(cfg.device), cfg.image_size
-    given = cfg.checkpoint and named_checkpoint(cfg.checkpoint)
-    saved = load_checkpoint(path := given or find_checkpoint(run, cfg.backbone, None))
-    names = "checkpoint", "random"  # with the run's seed: its initial weights, but with an init
-    encoders = [build_encoder(saved, path, name, cfg.seed)[0].to(device).eval() for name in names]
-    train, test = (
-        load_split(cfg.dataset, cfg.data_dir, split, size, cfg.workers).to(device)
-        for split in ("train", "test")
-    )
-    inference = size, cfg.batch_size, select_precision(cfg.precision, device)
-    h, test_h = (clean_features(encoders[0], split.images, *inference) for split in (train, test))
-    labels = test.labels
-    chosen = draw_stratified(labels, min(EMBEDDED / len(labels), 0.999), seed=0)
-    before = clean_features(encoders[1], take(test.images, chosen), *inference)
-    panels = {"untrained network": before, f"after {saved['epoch']} epochs": test_h[chosen]}
-    return (panels, labels[chosen], test.classes), (train, h, test, test_h, size)
+def embedding(run: Path, cfg: Config) -> Figure:
+    """t-SNE of test images, with the seed's initial weights and with the checkpoint's."""
+    path = find_checkpoint(Path(cfg.checkpoint or run), None, cfg.load_epoch)
+    saved, cfg = open_checkpoint(cfg, path)
+    test = load_split(cfg, "test").to(select_device(cfg.device))
+    chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
+    images, panels = select_images(test.images, chosen), {}
+    titles = {"random": "untrained network", "checkpoint": f"after {saved['epoch']} epochs"}
+    for encoder, title in titles.items():
+        enc = build_encoder(saved, path, encoder, cfg.seed).to(images.device).eval()
+        panels[title] = clean_features(enc, images, cfg)
+    return figures.plot_embedding(panels, test.labels[chosen], test.classes)
 
 
-def pictures(
-    runs: list[Path], overrides: list[str], failed: Failed
-) -> Iterator[tuple[str, Callable[[], figures.Figure]]]:
-    """Name and function of each picture, the quick ones first: none needs another.
-
-    A function raises UserError if its picture cannot be drawn. What the curves of a run lack is
-    noted in `failed`; a single run without a config raises UserError.
-    """
-    read = {}
-    for run in runs:
-        with noted(failed, "curves"):
-            cfg, metrics = read_config(run, overrides), read_metrics(run)
-            if not metrics:
-                raise UserError(f"{run} has no epoch to show yet")
-            read[run] = cfg, metrics
-    if read:
-        yield "curves", partial(curves, read)
-    if len(runs) > 1:
-        return
-    run = runs[0] if runs else None
-    cfg = read_config(run, overrides)
-    source = cfg.dataset, cfg.data_dir, "pretrain", cfg.image_size, cfg.workers
-    yield "views", lambda: figures.plot_views(cfg, load_split(*source).images)
-    if run is not None:
-        data = cache(partial(represent, run, cfg))
-        yield "confusion", lambda: figures.plot_confusion(run_results(run, MAY_CHANGE))
-        yield "embedding", lambda: figures.plot_embedding(*data()[0])
-        yield "neighbours", lambda: figures.plot_neighbours(*data()[1])
+def neighbours(run: Path, cfg: Config) -> Figure:
+    """The first test image of up to ten classes, and the training images nearest to it."""
+    device = select_device(cfg.device)
+    path = find_checkpoint(Path(cfg.checkpoint or run), None, cfg.load_epoch)
+    saved, cfg = open_checkpoint(cfg, path)
+    train, test = (load_split(cfg, split).to(device) for split in ("train", "test"))
+    first = torch.cat([(test.labels == label).nonzero()[0] for label in test.labels.unique()[:10]])
+    queries = Split(select_images(test.images, first), test.labels[first], test.classes)
+    enc = build_encoder(saved, path, "checkpoint", cfg.seed).to(device).eval()
+    h, query_h = (clean_features(enc, split.images, cfg) for split in (train, queries))
+    return figures.plot_neighbours(train, h, queries, query_h, cfg.image_size)
 
 
-def read_config(run: Path | None, overrides: list[str]) -> DictConfig:
-    """The checked config of a run, or of simclr_config.yml if `run` is None, with overrides."""
+def confusion(run: Path) -> Figure:
+    """The confusion matrix of the linear evaluation in results.json."""
+    path = run / "results.json"
+    if not path.exists():
+        raise UserError(f"there is no {path} yet: simclr_lin.py makes it")
+    return figures.plot_confusion(read_json(path.read_bytes(), path))
+
+
+def compose_config(run: Path | None, overrides: list[str]) -> Config:
+    """The config of a run, or of simclr_config.yml if `run` is None, with the overrides."""
     register_config()
-    given = {override.split("=")[0] for override in overrides}
-    if run is not None and "recipe" in given:
-        raise ConfigError(f"recipe: must be left out beside {run}, whose config has the values")
-    with refusals(RULES, overrides), initialize(version_base="1.3", config_path=None):
-        cfg = compose("simclr_config", overrides=overrides)
-    checked = check_values(cfg)
+    with initialize(version_base="1.3", config_path=None):
+        cfg = to_config(compose("simclr_config", overrides=overrides))
     if run is None:
-        return checked
-    saved = run_config(run)
-    try:
-        known = {key: saved[key] for key in saved if key in RULES and key not in given}
-        return check_values(OmegaConf.create({**OmegaConf.to_container(cfg), **known}))
-    except ConfigError as error:
-        raise ConfigError(f"the config of {run}: {error}") from None
+        return cfg
+    given = {override.split("=")[0] for override in overrides}
+    if "recipe" in given:
+        raise ConfigError(f"recipe: must be left out beside {run}, whose config has the values")
+    saved = read_config(run)
+    return replace(cfg, **{key: saved[key] for key in keys(Config) if key in saved.keys() - given})
 
 
-def draw(runs: list[Path], overrides: list[str], out: Path) -> None:
-    """Write the pictures that can be drawn to `out`; print their paths, and why others cannot.
-
-    Raises UserError if there is no picture.
-    """
-    failed: Failed = {}
-    drawn = 0
-    for name, picture in pictures(runs, overrides, failed):
-        with noted(failed, name):
-            figures.save(picture(), out / name)
-            print(out / f"{name}.png")
-            drawn += 1
-    reasons = [f"{', '.join(names)}: {line}" for (line, _), names in failed.items()]
-    if not drawn:
-        raise UserError("; ".join(reasons))
-    for reason in reasons:
-        print(f"not drawn: {reason}")
+def pictures(runs: list[Path], overrides: list[str]) -> dict[str, Callable[[], Figure]]:
+    """Name and function of each picture, the quick ones first: none needs another."""
+    found: dict[str, Callable[[], Figure]] = {}
+    if runs:
+        found["curves"] = partial(curves, runs)
+    if len(runs) < 2:
+        cfg = compose_config(runs[0] if runs else None, overrides)
+        found["views"] = lambda: figures.plot_views(load_split(cfg, "pretrain").images, cfg)
+    if len(runs) == 1:
+        found["confusion"] = partial(confusion, runs[0])
+        found["embedding"] = partial(embedding, runs[0], cfg)
+        found["neighbours"] = partial(neighbours, runs[0], cfg)
+    return found
 
 
-@one_line_errors()
 def main() -> None:
-    """Draw all pictures that can be drawn, and print their paths."""
+    """Draw all pictures that can be drawn, and print their paths, and why others cannot."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("arguments", nargs="*", metavar="RUN or key=value")
-    parser.add_argument("--out", type=Path, help="directory for the pictures; default: the run's")
+    parser.add_argument("arguments", nargs="+", metavar="RUN or key=value")
+    parser.add_argument("--out", help="directory for the pictures; default: the run's")
     args = parser.parse_args()
-    given = [a for a in args.arguments if not a.endswith(".yaml")]  # a sweep's, beside its runs
-    runs = [Path(a) for a in given if "=" not in a or Path(a).is_dir()]
-    overrides = [quote_path(a) for a in given if Path(a) not in runs]
-    draw(runs, overrides, args.out or (runs[0] if runs else Path()))
+    home = os.path.expanduser("~")
+    given = [re.sub("(^|=)~/", rf"\1{home}/", argument) for argument in args.arguments]
+    overrides = [argument for argument in given if "=" in argument and not Path(argument).is_dir()]
+    paths = [Path(argument) for argument in given if argument not in overrides]
+    runs = [path for path in paths if not path.is_file()]  # a sweep has multirun.yaml beside them
+    out = Path(args.out or (runs[0] if runs else "")).expanduser()
+    drawn = []
+    with error_boundary():
+        for name, picture in pictures(runs, overrides).items():
+            try:
+                figures.save(picture(), out / name)
+                drawn.append(name)
+                print(out / f"{name}.png")
+            except Exception as error:
+                if (known := describe(error)) is None:  # a bug
+                    raise
+                print(f"{name} is not drawn: {known[0]}", file=sys.stderr)
+        if not drawn:
+            raise UserError("no picture could be drawn")
 
 
 if __name__ == "__main__":

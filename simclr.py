@@ -5,66 +5,61 @@
     torchrun --nproc_per_node=4 simclr.py                     # a quarter of the batch on each GPU
 
 Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run
-directory (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl (a line an epoch; also
-for TensorBoard), checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py, and the
-training state from which the same command resumes after it was stopped.
+directory (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl (a line an epoch, as
+TensorBoard gets it), checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py, and
+the training state from which the same command resumes a stopped run.
 """
 
-import system.environment  # noqa: F401, first
 import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from omegaconf import DictConfig
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from config import MAY_CHANGE, RULES, check_config, register_config
+from config import Config
 from evaluation.features import held_out_knn
-from images.augment import draw, random_views
-from images.datasets import Split, check_batch_size, load_pretraining
-from images.host import Images, batches, describe
+from images.augment import draw, random_views, shuffle
+from images.datasets import HostImages, Images, Probe, describe_images, load_pretraining
 from models import SimCLR, nt_xent
-from system.checkpoint import load_init
-from system.commandline import run_command, run_directory
-from system.device import autocast, compile_static, select_compile, select_device, select_precision
-from system.files import locked
-from system.memory import PRETRAINING, check_training, memory_advice
+from system.commandline import run_command, run_directory, to_config
+from system.device import autocast, compile_static, select_device, select_precision, to_device
 from training import distributed
-from training.distributed import all_reduce_mean, local_shard
+from training.distributed import local_shard
 from training.graph import GraphedStep
 from training.metrics import alignment, spread, uniformity
-from training.optim import cosine_learning_rate, make_optimizer, view_size
-from training.record import RunRecord, log_summary, report_complete
-from training.state import Training, choose_precision, find_state
+from training.optim import make_optimizer, schedule, set_learning_rate
+from training.run import Learner, Run, open_run
 
 log = logging.getLogger("simclr")
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    views: Tensor,
-    temperature: float,
-    dtype: torch.dtype,
+    cfg: Config, learner: Learner, batch: Tensor, noise: Tensor, size: int
 ) -> dict[str, Tensor]:
-    """One step of Algorithm 1; views: (2N, 3, S, S), rows i and N+i of image i.
+    """One step of Algorithm 1: views, encoder, projection, NT-Xent, update.
 
-    The model computes in `dtype` (mixed precision), the loss in float32; the scaler is enabled only
-    for float16. Returns the step metrics, detached scalars on the device.
+    batch: (N, 3, H, W), uint8, N = cfg.batch_size / ranks; noise: (38, 2N), random numbers of the
+    views (`draw`); size: of a view, in pixels. The model computes in cfg.precision (mixed),
+    `nt_xent` in float32; the scaler is enabled only for fp16. Returns the step metrics, detached
+    scalars on the device.
     """
-    with autocast(views.device, dtype):
-        _, z = model(views)  # h: 2N×D, z: 2N×d
+    views = learner.make_views(batch.repeat(2, 1, 1, 1), noise, size, cfg)  # rows i, N+i: image i
+    with autocast(views.device, cfg.precision):
+        _h, z = learner.ddp_model(views)  # 2N×D, 2N×d: the loss takes z alone
     z1, z2 = z.chunk(2)  # N×d each
-    loss, accuracy = nt_xent(z1, z2, temperature, distributed.gather, distributed.rank())
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    gradient_norm = get_total_norm([weight.grad for weight in model.parameters()])
-    scaler.step(optimizer)
-    scaler.update()
+    loss, accuracy = nt_xent(z1, z2, cfg.temperature, distributed.gather, distributed.rank())
+
+    learner.optimizer.zero_grad()
+    learner.scaler.scale(loss).backward()
+    learner.scaler.unscale_(learner.optimizer)
+    gradient_norm = get_total_norm([weight.grad for weight in learner.model.parameters()])
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
     return {
         "loss": loss.detach(),
         "contrastive_accuracy": accuracy,
@@ -75,125 +70,105 @@ def train_step(
     }
 
 
-def train(
-    cfg: DictConfig,
-    training: Training,
-    images: Images,
-    knn: tuple[Split, Tensor, Tensor] | None,
-    record: RunRecord,
-) -> None:
-    """Train for the remaining epochs and steps; `record` logs, saves and stops the run."""
-    n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
-    total_steps = cfg.epochs * steps
-    learner = training.ddp_model, training.optimizer, training.scaler
-    colors = cfg.color_strength, cfg.grayscale_probability, cfg.blur_probability
-    augmentation = tuple(cfg.crop_scale), cfg.flip_probability, *colors
+def train(cfg: Config, learner: Learner, images: Images, probe: Probe | None, run: Run) -> None:
+    """Train for the epochs and steps that `run` has not counted; it logs, saves and may stop.
 
-    def step(batch: Tensor, noise: Tensor, size: int) -> dict[str, Tensor]:
-        views = training.make_views(batch.repeat(2, 1, 1, 1), noise, size, *augmentation)
-        return train_step(*learner, views, cfg.temperature, training.dtype)
-
-    run_step = GraphedStep(step, training.optimizer, eager=not training.graphed)
-    while training.epoch < cfg.epochs:
-        order, done = training.start_epoch(len(images)), training.steps_done  # 0 unless resumed
-        rows = local_shard(order[: steps * n].view(steps, n))[done:]  # indices, a row a step
-        for i, batch in enumerate(batches(images, rows), done):  # N×3×H×W, uint8
-            learning_rate, size = schedule(cfg, training.epoch * steps + i, total_steps)
-            noise = local_shard(draw(2 * n, training.rng, cfg.blur_probability > 0), views=2)
-            metrics = run_step(batch, noise, size, learning_rate)
-            record.log_step(training, all_reduce_mean(metrics), learning_rate)
-
-        epoch, knn_acc = training.epoch + 1, None
-        if knn is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
-            batch_size = min(512, 2 * (cfg.micro_batch_size or n // distributed.world_size()))
-            inference = cfg.image_size, batch_size, training.dtype
-            knn_acc = held_out_knn(training.model.enc, *knn, *inference, record.stop.check)
-        last_step = schedule(cfg, epoch * steps - 1, total_steps)  # learning rate and view size
-        record.end_epoch(training, knn_acc, *last_step)  # logs, saves, and counts the epoch
-
-
-def schedule(cfg: DictConfig, step: int, total_steps: int) -> tuple[float, int]:
-    """Learning rate and view size in pixels: pure functions of the global step."""
-    ends = cfg.learning_rate, cfg.min_learning_rate
-    warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
-    learning_rate = cosine_learning_rate(step, total_steps, *ends, warmup_steps)
-    return learning_rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1.0]])
-
-
-def start_training(cfg: DictConfig, device: torch.device, steps: int, new: bool = True) -> Training:
-    """Build model, optimizer and random state from cfg.seed, a new encoder from cfg.init if given.
-
-    steps: of the whole run. Raises UserError as `load_init`.
+    probe: labelled training images for the kNN accuracy on the way, or None.
     """
-    torch.manual_seed(cfg.seed)  # initial weights
-    memory = cfg.activation_checkpointing, cfg.micro_batch_size
-    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim, cfg.cifar_stem, *memory)
-    init = load_init(model.enc, cfg.init) if new and cfg.init is not None else None
+    n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
+    run_step = partial(train_step, cfg, learner)
+    if learner.graphed:
+        run_step = GraphedStep(run_step, learner.optimizer)
+    while run.epoch < cfg.epochs:
+        order = shuffle(len(images), cfg.seed, run.epoch)  # a function of seed and epoch
+        if not isinstance(images, HostImages):
+            order = order.to(images.device)
+        for i in range(run.steps_done, steps):
+            step = run.epoch * steps + i
+            learning_rate, size = schedule(cfg, step, cfg.epochs * steps)
+            set_learning_rate(learner.optimizer, learning_rate)
+            batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, N = n / ranks
+            noise = local_shard(draw(2 * n, cfg.seed, step), views=2)  # a function of seed and step
+            metrics = run_step(batch, to_device(noise, batch.device), size)
+            run.log_step(metrics)  # and counts it
+
+        knn_acc, epoch = None, run.epoch + 1
+        if probe is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
+            at_once = min(512, 2 * (cfg.micro_batch_size or n // distributed.world_size()))
+            knn_acc = held_out_knn(
+                learner.model.enc, probe, cfg, batch_size=at_once, check=run.check_signal
+            )
+        run.end_epoch(knn_acc)  # logs, saves, and counts the epoch
+
+
+def make_learner(cfg: Config, device: torch.device) -> Learner:
+    """Build model and optimizer; the initial weights are a function of cfg.seed."""
+    torch.manual_seed(cfg.seed)
+    model = SimCLR(
+        backbone=cfg.backbone,
+        projection_dim=cfg.projection_dim,
+        hidden_dim=cfg.hidden_dim,
+        cifar_stem=cfg.cifar_stem,
+        activation_checkpointing=cfg.activation_checkpointing,
+        micro_batch_size=cfg.micro_batch_size,
+    )
     model = model.to(device, memory_format=torch.channels_last).train()
-    dtype = select_precision(cfg.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    weights, fused = model.parameters(), not scaler.is_enabled()
-    optimizer = make_optimizer(cfg.optimizer, weights, cfg.momentum, cfg.weight_decay, fused)
-    rng = torch.Generator(device).manual_seed(cfg.seed)
-    # one compilation for each view size: count the least used one, in views of 32×32
-    shares = [part * (size / 32) ** 2 for size, part in cfg.view_sizes or [[cfg.image_size, 1.0]]]
-    work = 2 * cfg.batch_size * steps * min(shares)
-    supported = memory == (False, None) and distributed.world_size() == 1
-    compiled = select_compile(cfg.compile, device, work, supported)
-    if compiled:
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    recomputes = cfg.activation_checkpointing or cfg.micro_batch_size is not None
+    static = not recomputes and distributed.world_size() == 1  # may become compiled, a CUDA graph
+    graphed = static and device.type == "cuda" and not scaler.is_enabled()
+    optimizer = make_optimizer(
+        cfg.optimizer,
+        model.parameters(),
+        momentum=cfg.momentum,
+        weight_decay=cfg.weight_decay,
+        fused=not scaler.is_enabled(),
+        learning_rate=torch.zeros((), device=device) if graphed else 0.0,
+    )
+    make_views = random_views
+    compiled = cfg.compile is True or (cfg.compile == "auto" and static and cfg.epochs >= 100)
+    if compiled:  # takes about a minute
         model.forward = compile_static(model.forward, cfg.compile)
-    make_views = compile_static(random_views, cfg.compile) if compiled else random_views
-    graphed = device.type == "cuda" and supported and fused
+        make_views = compile_static(random_views, cfg.compile)
     ddp_model = distributed.wrap_ddp(model, cfg.sync_batchnorm)
-    parts = model, ddp_model, optimizer, scaler, rng, dtype, make_views
-    return Training(*parts, compiled, graphed, init)
+    return Learner(model, ddp_model, optimizer, scaler, make_views=make_views, graphed=graphed)
 
 
-def pretrain(cfg: DictConfig, run_dir: Path) -> dict[str, float | None]:
-    """Pretrain an encoder with the checked config `cfg`, or resume the run in `run_dir`.
+def pretrain(cfg: Config, run_dir: Path) -> dict[str, float | None]:
+    """Pretrain an encoder with the config `cfg`, or resume the run in `run_dir`.
 
     Returns the metrics of the last epoch. Raises ConfigError if a value does not fit data, machine
     or saved state; UserError if data, init or state cannot be used, another process trains in
     `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
     """
+    for key in ("checkpoint", "load_epoch", "labels", "predict"):
+        cfg.require(key, getattr(cfg, key) is None, "null for simclr.py, which does not use it")
     device = select_device(cfg.device)
-    with distributed.process_group(device), locked(run_dir, "simclr", distributed.rank() == 0):
-        sharding = cfg.batch_size, cfg.micro_batch_size, cfg.sync_batchnorm, cfg.compile
-        distributed.check_ranks(*sharding, device)
-        resume = cfg.resume or distributed.is_elastic_restart()
-        saved = find_state(run_dir, OmegaConf.to_container(cfg), MAY_CHANGE) if resume else None
-        if saved is not None and saved.content["epoch"] == cfg.epochs:
-            return report_complete(run_dir, saved)
-        precision = choose_precision(cfg.precision, device, saved)
-        cfg = OmegaConf.merge(cfg, {"precision": precision})
-        config = OmegaConf.to_container(cfg)
-        source = cfg.dataset, cfg.data_dir, cfg.image_size, cfg.workers, device
-        with distributed.local_rank_zero_first():
-            images, fingerprint, knn, remarks = load_pretraining(*source, cfg.knn_interval > 0)
-        check_batch_size(cfg.batch_size, len(images))
-        steps = len(images) // cfg.batch_size
-        check_training(cfg, device)
-        training = start_training(cfg, device, cfg.epochs * steps, new=saved is None)
-        record = RunRecord(run_dir, config, fingerprint, steps)
-        with record.recording(training, saved, start_over=not resume):
-            del saved  # frees a second copy of the weights, with record's
-            compiled = "compiled" if training.compiled else "not compiled"
-            used = f"{cfg.backbone}, recipe {cfg.recipe}, on {device} in {precision}, {compiled}"
-            for line in (f"{describe(images, cfg.dataset)}, {used}, in {run_dir}", *remarks):
-                log.info(line)
-            train(cfg, training, images, knn, record)
-    return log_summary(run_dir, config, training.history)
+    with distributed.process_group(device), open_run(run_dir, cfg) as saved:  # or None
+        distributed.check_ranks(cfg, device)
+        precision = cfg.precision
+        if saved is not None and precision == "auto":
+            precision = saved["config"]["precision"]
+        cfg = replace(cfg, precision=select_precision(precision, device))
+        images, fingerprint, probe, remarks = load_pretraining(cfg, device)
+        learner = make_learner(cfg, device)
+        run = Run(run_dir, cfg, learner, images=fingerprint, steps=len(images) // cfg.batch_size)
+        run.start(saved)
+        compiled = "not compiled" if learner.make_views is random_views else "compiled"
+        used = f"{cfg.backbone}, recipe {cfg.recipe}, on {device} in {cfg.precision}, {compiled}"
+        log.info(f"{describe_images(images, cfg.dataset)}, {used}, in {run_dir}")
+        for remark in remarks:
+            log.info(remark)
+        with run.recording():
+            train(cfg, learner, images, probe, run)
+        return run.log_summary()
 
 
-register_config()
-
-
-@hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
+@hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")  # registered
 def main(cfg: DictConfig) -> float | None:
-    """Check the config and pretrain; returns what sweepers optimise, the held-out kNN accuracy."""
-    with memory_advice(PRETRAINING):
-        return pretrain(check_config(cfg, peak="learning_rate"), run_directory())["knn_acc"]
+    """Pretrain; returns what sweepers optimise, the held-out kNN accuracy."""
+    return pretrain(to_config(cfg), run_directory())["knn_acc"]
 
 
 if __name__ == "__main__":
-    run_command(main, RULES)
+    run_command(main)

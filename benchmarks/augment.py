@@ -9,38 +9,33 @@ work while another row is timed. kornia has parameters of its own for every samp
 """
 
 import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+from itertools import count
 
 import torch
+from harness import alternate, config, finish, parser, ratio, report
+from plain import plain_loader, plain_transform
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import alternate, finish, parser, report
-from plain import plain_loader, plain_transform
-
+from config import Views
 from images.augment import draw, random_views
-from system.device import select_device
+from system.device import select_device, to_device
 
-CROP_SCALE, STRENGTH, GRAY = (0.08, 1.0), 0.5, 0.2
 BATCHES = 4  # of the plain pipeline, an epoch
 PLAIN, KORNIA = "torchvision, two processes", "kornia, eager"
 EAGER, COMPILED = "ours, eager", "ours, compiled"
 
 
-def kornia_views(size: int) -> Callable[[Tensor], Tensor]:
+def kornia_views(cfg: Views, size: int) -> Callable[[Tensor], Tensor]:
     """The same pipeline in kornia's words."""
     from kornia import augmentation as K
 
-    s = STRENGTH
+    s = cfg.color_strength
     return K.AugmentationSequential(
-        K.RandomResizedCrop((size, size), scale=CROP_SCALE),
+        K.RandomResizedCrop((size, size), scale=tuple(cfg.crop_scale)),
         K.RandomHorizontalFlip(),
         K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
-        K.RandomGrayscale(p=GRAY),
+        K.RandomGrayscale(p=cfg.grayscale_probability),
     )
 
 
@@ -52,21 +47,20 @@ def main() -> None:
     args.add_argument("--repeats", type=int, default=15)
     args.add_argument("--no-compile", action="store_true")
     args = args.parse_args()
-    device = select_device("auto")
+    cfg, device, steps = config(), select_device("auto"), count()
     size, n = args.size, 2 * args.batch
     cpu_images = torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8)
     images = cpu_images.to(device).repeat(2, 1, 1, 1)
-    rng = torch.Generator(device).manual_seed(0)
-    transform = plain_transform(size, CROP_SCALE, STRENGTH, GRAY)
-    loader = plain_loader(cpu_images.repeat(BATCHES, 1, 1, 1), args.batch, transform)
+    epoch = cpu_images.repeat(BATCHES, 1, 1, 1)
+    loader = plain_loader(epoch, args.batch, plain_transform(cfg, size))
     compiled = torch.compile(random_views, dynamic=False, fullgraph=True)
 
     def ours(make_views: Callable[..., Tensor]) -> Tensor:
-        return make_views(images, draw(n, rng), size, CROP_SCALE, 0.5, STRENGTH, GRAY)
+        return make_views(images, to_device(draw(n, 0, next(steps)), device), size, cfg)
 
     functions = {PLAIN: lambda: list(loader)}
     if importlib.util.find_spec("kornia"):
-        kornia, floats = kornia_views(size), images / 255
+        kornia, floats = kornia_views(cfg, size), images / 255
         functions[KORNIA] = lambda: kornia(floats)
     functions[EAGER] = lambda: ours(random_views)
     if not args.no_compile:
@@ -74,16 +68,11 @@ def main() -> None:
     seconds = alternate(functions, args.repeats)
     seconds[PLAIN] = [value / BATCHES for value in seconds[PLAIN]]
     report(seconds, n)
-
-    def ratio(reference: str, name: str) -> float | None:
-        rows = [seconds.get(row) for row in (reference, name)]
-        return median(rows[0]) / median(rows[1]) if all(rows) else None
-
     finish(
         {
-            "augment_eager_vs_torchvision": ratio(PLAIN, EAGER),
-            "augment_compiled_vs_torchvision": ratio(PLAIN, COMPILED),
-            "augment_eager_vs_kornia": ratio(KORNIA, EAGER),
+            "augment_eager_vs_torchvision": ratio(seconds, PLAIN, EAGER),
+            "augment_compiled_vs_torchvision": ratio(seconds, PLAIN, COMPILED),
+            "augment_eager_vs_kornia": ratio(seconds, KORNIA, EAGER),
         }
     )
 

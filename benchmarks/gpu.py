@@ -10,7 +10,7 @@ on a CPU with small numbers (tests/test_benchmarks.py has them).
 tests   the tests that ask for a device, on this one (pytest --device=cuda)
 steps   milliseconds a step and seconds an epoch, eager, as a CUDA graph and compiled; peak memory
         beside the estimate of memory.py; the share of a step in which the GPU has nothing to do;
-        bit for bit the same with a graph and without; the views after which compiling has paid
+        bit for bit the same with a graph and without
 plain   kNN after --epochs epochs of the plain pipeline and of simclr.py, on the same images
 runs    simclr.py with recipe=simsiam and with recipe=fast for at most ten minutes each, of what is
         left of --minutes, then kNN and linear evaluation
@@ -22,35 +22,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 
 import torch
+from harness import EpochEnd, Recorder, config, describe_machine, folder, knn, parser, synchronize
+from memory import step_memory
+from plain import Plain, plain_loader, plain_transform
+from time_to_accuracy import our_run, plain_run
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import EpochEnd, NoRecord, config, describe_machine, parser, synchronize
-from memory import step_memory
-from plain import plain_loader, plain_step, plain_transform
-from time_to_accuracy import knn, our_run, plain_run
-
 import simclr
-from images.datasets import Split, load_split
+from config import Config
+from images.datasets import load_split
 from models import SimCLR
-from system.device import select_device, select_precision
-from training.state import Training
+from system.device import select_device
 
 REPOSITORY = Path(__file__).parent.parent
 FIRST = 10  # steps in which cuDNN chooses, the graph is recorded, or torch compiles
 MODES = GRAPHED, EAGER, COMPILED = "graph", "eager", "compiled"  # compiled: as a graph too
 
 
-class Record(NoRecord):
-    """Keeps copies of the metrics, since a graph overwrites them, and the time of some steps."""
+class StepRecorder(Recorder):
+    """Ends simclr.train after some steps, and has the times of the first and the last."""
 
     def __init__(self, steps: int, profiled: int) -> None:
         super().__init__()
@@ -58,10 +56,10 @@ class Record(NoRecord):
         self.first = min(FIRST, steps // 2)
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
 
-    def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
-        """Ends simclr.train after the last step."""
-        self.step_metrics.append(torch.stack(list(metrics.values())))
-        done = len(self.step_metrics)
+    def log_step(self, metrics: dict[str, Tensor]) -> None:
+        """Keep the metrics; raises EpochEnd after the last step."""
+        super().log_step(metrics)
+        done = len(self.metrics)
         if done in (self.first, self.steps, self.steps + self.profiled):
             synchronize()
             self.times[done] = time.perf_counter()
@@ -77,9 +75,9 @@ class Record(NoRecord):
         events = self.profiler.key_averages()
         return sum(event.self_device_time_total for event in events) / 1e3 / self.profiled
 
-    def end_epoch(self, training: Training, *line: object) -> None:
+    def end_epoch(self, knn_acc: None) -> None:
         """Go on with the next epoch."""
-        training.end_epoch({})
+        self.epoch += 1
 
 
 def train_steps(
@@ -96,27 +94,28 @@ def train_steps(
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # the images
     start = time.perf_counter()
-    training = simclr.start_training(cfg, images.device, steps)
-    training.graphed = graphed and images.is_cuda
-    record = Record(steps, profiled)
+    learner, recorder = simclr.make_learner(cfg, images.device), StepRecorder(steps, profiled)
+    learner.graphed = graphed and images.is_cuda
     with suppress(EpochEnd):
-        simclr.train(cfg, training, images, None, record)
-    after = record.times.get(record.first, start)
-    ms = 1e3 * (record.times[steps] - after) / (steps - record.first)
+        simclr.train(cfg, learner, images, None, recorder)
+    after = recorder.times.get(recorder.first, start)
+    ms = 1e3 * (recorder.times[steps] - after) / (steps - recorder.first)
     costs = {"ms": ms, "first_seconds": after - start}
     if images.is_cuda:
         costs["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     if profiled:
-        costs["idle_share"] = 1 - record.kernel_ms() / ms
-    return torch.stack(record.step_metrics).cpu(), training.model.state_dict(), costs
+        costs["idle_share"] = 1 - recorder.kernel_ms() / ms
+    return torch.stack(recorder.metrics).cpu(), learner.model.state_dict(), costs
 
 
 class Session:
     """The images, the options, and the file to which each line goes."""
 
-    def __init__(self, args, train: Split, test: Split) -> None:
-        self.args, self.train, self.test = args, train, test
-        self.batch, self.device = f"batch_size={args.batch}", train.images.device
+    def __init__(self, args: Namespace, cfg: Config, device: torch.device) -> None:
+        """cfg: for kNN."""
+        self.args, self.cfg, self.device = args, cfg, device
+        self.train, self.test = (load_split(cfg, part).to(device) for part in ("train", "test"))
+        self.batch = f"batch_size={args.batch}"
         self.deadline = time.monotonic() + 60 * args.minutes
 
     def say(self, what: str, **values: object) -> None:
@@ -143,58 +142,51 @@ class Session:
         self.say("tests", code=process.returncode, summary=summary, failed=failed)
 
     def steps(self) -> None:
-        """Time and memory of steps; the same with a graph; when compiling pays."""
-        images, cuda = self.train.images, self.device.type == "cuda"
-        sizes = sorted(self.args.sizes)
-        phases = f"view_sizes=[[{sizes[0]},0.4],[{sizes[-1]},0.6]]", "epochs=4", self.batch
-        steps, few = min(28, self.args.steps), images[: 7 * self.args.batch]  # both sizes
+        """The same steps with a graph and without; time and memory of steps."""
+        sizes = sorted(self.args.sizes, reverse=True)
+        phases = f"view_sizes=[[{sizes[-1]},0.4],[{sizes[0]},0.6]]", "epochs=4", self.batch
+        steps, few = min(28, self.args.steps), self.train.images[: 7 * self.args.batch]  # both
         (a, weights, _), (b, others, _) = (
             train_steps(few, steps, graphed, *phases, profiled=0) for graphed in (True, False)
         )
         same = torch.equal(a, b) and all(torch.equal(w, others[k]) for k, w in weights.items())
         self.say("a graph is bit for bit the eager step", same=same)
         del weights, others
-        for backbone in self.args.backbones:
-            for size in sizes[::-1] if backbone == self.args.backbones[0] else sizes[-1:]:
-                found, warm = {}, ("compile=false", self.batch, f"backbone={backbone}")
-                train_steps(images, 2, False, *warm, f"view_sizes=[[{size},1]]", profiled=0)
-                for how in self.args.modes if cuda else (EAGER,):
-                    compiled = "compile=" + str(how == COMPILED).lower()
-                    options = self.batch, f"backbone={backbone}", f"view_sizes=[[{size},1]]"
-                    graphed = how != EAGER
-                    costs = train_steps(images, self.args.steps, graphed, *options, compiled)[2]
-                    found[how] = costs
-                    dtype = select_precision("auto", self.device)
-                    self.say(
-                        f"{backbone}, {size} pixels, {how}", **costs,
-                        epoch_seconds=costs["ms"] / 1e3 * (len(images) // self.args.batch),
-                        estimated_gib=step_memory(backbone, self.args.batch, dtype, False, size),
-                    )  # fmt: skip
-                if {GRAPHED, COMPILED} <= found.keys():
-                    graph, fast = found[GRAPHED], found[COMPILED]
-                    seconds = fast["first_seconds"] - graph["first_seconds"]
-                    pays = 1e3 * seconds / max(1e-9, graph["ms"] - fast["ms"])
-                    views = 2 * self.args.batch * pays
-                    self.say(f"compiling pays, {backbone}, {size} pixels", steps=pays, views=views)
+        for size in sizes:
+            self.time_modes(self.args.backbones[0], size)
+        for backbone in self.args.backbones[1:]:
+            self.time_modes(backbone, sizes[0])
+
+    def time_modes(self, backbone: str, size: int) -> None:
+        """Steps at one view size in each of the modes."""
+        images, precision = self.train.images, f"precision={self.cfg.precision}"
+        options = self.batch, f"backbone={backbone}", f"view_sizes=[[{size},1]]"
+        train_steps(images, 2, False, *options, profiled=0)
+        for how in self.args.modes if self.device.type == "cuda" else (EAGER,):
+            compiled = f"compile={how == COMPILED}"
+            costs = train_steps(images, self.args.steps, how != EAGER, *options, compiled)[2]
+            self.say(
+                f"{backbone}, {size} pixels, {how}", **costs,
+                epoch_seconds=costs["ms"] / 1e3 * (len(images) // self.args.batch),
+                estimated_gib=step_memory(backbone, self.args.batch, precision, size=size),
+            )  # fmt: skip
 
     def plain(self) -> None:
         """A step of the plain pipeline; then kNN of both after the same training."""
         images, workers = self.train.images, self.args.workers
-        model = SimCLR("resnet18").to(self.device).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-        transform = plain_transform(images.shape[-1], (0.2, 1.0), 0.5, 0.1)
+        rate = f"learning_rate={0.06 * self.args.batch / 256}"  # twice simsiam's: a short run
+        cfg = config("recipe=simsiam", rate, self.batch, f"epochs={self.args.epochs}")
+        plain, transform = Plain(SimCLR("resnet18"), cfg), plain_transform(cfg, images.shape[-1])
         loader = plain_loader(images.cpu(), self.args.batch, transform, workers=workers)
         filled = min(2 * workers, len(loader) // 2)  # steps until the loader runs at its own pace
         for done, pair in enumerate(loader):
             if done == filled:
                 synchronize()
                 start = time.perf_counter()
-            plain_step(model, optimizer, torch.cat(pair).to(self.device), 0.5)
+            plain.step(pair)
         synchronize()
         ms = 1e3 * (time.perf_counter() - start) / (len(loader) - filled)
         self.say(f"plain pipeline, {workers} workers", ms=ms)
-        rate = f"learning_rate={0.06 * self.args.batch / 256}"  # twice simsiam's: a short run
-        cfg = config("recipe=simsiam", rate, self.batch, f"epochs={self.args.epochs}")
         for name, run in (
             ("simclr.py", our_run(cfg, images)),
             ("plain pipeline", plain_run(cfg, images.cpu(), workers)),
@@ -202,7 +194,7 @@ class Session:
             start = time.perf_counter()
             *_, model = run
             seconds = time.perf_counter() - start
-            found = 100 * knn(model, self.train, self.test)
+            found = 100 * knn(model.enc, self.cfg, self.train, self.test)
             self.say(f"{name}, {cfg.epochs} epochs", knn=found, seconds=seconds)
 
     def runs(self) -> None:
@@ -218,7 +210,7 @@ class Session:
                 seconds += share * steps * costs["ms"] / 1e3
             epochs = max(1, int(min(600.0, left) / seconds))
             with tempfile.TemporaryDirectory() as run_dir:
-                data = "dataset=folder", f"data_dir={self.args.data}", f"hydra.run.dir={run_dir}"
+                data = folder(self.args.data, f"hydra.run.dir={run_dir}")
                 common = *data, f"recipe={recipe}", self.batch
                 often = f"knn_interval={max(1, epochs // 10)}"
                 start = time.perf_counter()
@@ -263,11 +255,8 @@ def main() -> None:
     args.add_argument("--tests", nargs="+", default=["tests"], help="for pytest")
     args.add_argument("--run", nargs="+", default=[], help="more overrides for the scripts")
     args = args.parse_args()
-    args.data = args.data.resolve()
     describe_machine()
-    device = select_device("auto")
-    parts = (load_split("folder", str(args.data), part, 32, 4) for part in ("train", "test"))
-    session = Session(args, *(part.to(device) for part in parts))
+    session = Session(args, config(*folder(args.data)), select_device("auto"))
     for name in args.parts:
         start = time.monotonic()
         try:

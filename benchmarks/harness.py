@@ -5,23 +5,29 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import torch
 import torchvision
 from hydra import compose, initialize
-from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import simclr
-from config import check_config, register_config
-from images.datasets import Split
+from config import Config
+from evaluation.features import accuracy, clean_features, knn_scores
+from images.datasets import Images, Split
+from system.commandline import register_config, to_config
+from system.device import select_device, select_precision
 from training.distributed import all_reduce_max
-from training.state import Training
+from training.state import Learner
 
 
 def synchronize() -> None:
@@ -49,8 +55,7 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
 
 def describe_machine() -> None:
     """One line: the processor or GPU, and the versions."""
-    machine = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
+    machine, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     elif cpuinfo.exists() and (name := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
@@ -75,46 +80,72 @@ def report(seconds: dict[str, list[float]], views: int, unit: str = "views") -> 
         )
 
 
+def ratio(times: dict[str, list[float]], reference: str, name: str) -> float | None:
+    """How many times as fast the second is by their medians; None where one was not timed."""
+    rows = [times.get(row) for row in (reference, name)]
+    return median(rows[0]) / median(rows[1]) if all(rows) else None
+
+
 def finish(ratios: dict[str, float | None]) -> None:
     """The last line: one JSON object."""
     print(json.dumps({key: value and round(value, 3) for key, value in ratios.items()}))
 
 
-def config(*overrides: str, peak: str = "learning_rate") -> DictConfig:
-    """The checked config of simclr_config.yml with these overrides."""
+def config(*overrides: str) -> Config:
+    """The checked config with these overrides, and the precision that `auto` takes here."""
     register_config()
     with initialize(version_base="1.3", config_path=None):
-        return check_config(compose("simclr_config", overrides=list(overrides)), peak)
+        cfg = to_config(compose("simclr_config", overrides=list(overrides)))
+    return replace(cfg, precision=select_precision(cfg.precision, select_device("auto")))
+
+
+def folder(path: str | Path, *overrides: str) -> list[str]:
+    """The overrides for images in a folder, train/<class>/* and test/<class>/*, and others."""
+    return ["dataset=folder", f"data_dir={Path(path).resolve()}", "workers=2", *overrides]
+
+
+def finish_seeds(results: dict[str, list[float]], seeds: int) -> None:
+    """Mean ± deviation of each result, and the last line: means, null where a seed has none."""
+    for name, values in results.items():
+        spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+        print(f"{name:28} {mean(values):10.4g}{spread} (n = {len(values)})" if values else name)
+    finish({name: mean(v) if len(v) == seeds else None for name, v in results.items()})
 
 
 class EpochEnd(Exception):
     """Ends simclr.train after an epoch."""
 
 
-class NoRecord:
-    """Stands in for training.record.RunRecord: writes nothing, and ends with the epoch."""
+class Recorder:
+    """Stands in for training.run.Run: writes nothing, and leaves simclr.train after each epoch."""
 
     def __init__(self) -> None:
-        self.step_metrics: list[dict[str, Tensor]] = []
+        self.epoch, self.steps_done = 0, 0
+        self.metrics: list[Tensor] = []  # of all steps; copies, since a graph overwrites its own
 
-    def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
-        """Keep the metrics, on the device; ask the other ranks, as RunRecord does for signals."""
-        self.step_metrics.append({name: value.clone() for name, value in metrics.items()})
+    def log_step(self, metrics: dict[str, Tensor]) -> None:
+        """Keep the metrics, on the device; ask the other ranks, as Run does for signals."""
+        self.metrics.append(torch.stack(list(metrics.values())))
         all_reduce_max(0)
 
-    def end_epoch(self, training: Training, *line: object) -> None:
-        """Complete the epoch and leave simclr.train."""
-        training.end_epoch({})
+    def end_epoch(self, knn_acc: None) -> None:
+        """Count the epoch and leave simclr.train."""
+        self.epoch += 1
         raise EpochEnd
 
 
-def train_epoch(cfg: DictConfig, training: Training, images: Tensor) -> list[dict[str, Tensor]]:
-    """The next epoch of simclr.train without files; returns the metrics of its steps."""
-    record = NoRecord()
+def train_epoch(cfg: Config, learner: Learner, images: Images, recorder: Recorder) -> None:
+    """The next epoch of simclr.train, without files."""
     with suppress(EpochEnd):
-        simclr.train(cfg, training, images, None, record)
+        simclr.train(cfg, learner, images, None, recorder)
     synchronize()
-    return record.step_metrics
+
+
+def knn(enc: nn.Module, cfg: Config, train: Split, test: Split) -> float:
+    """kNN accuracy of an encoder in eval mode as simclr_lin.py has it: k = 10, cosine, [0, 1]."""
+    cfg = replace(cfg, batch_size=256)
+    bank, queries = (clean_features(enc.eval(), split.images, cfg) for split in (train, test))
+    return accuracy(knn_scores(bank, train.labels, queries, len(train.classes)), test.labels)
 
 
 def subset(split: Split, per_class: int) -> Split:

@@ -10,43 +10,36 @@ can't see is the CUDA context, cuDNN's workspaces and fragmentation, and what it
 images (CIFAR-10: 154 MB) and the augmentation, which is done before: leave a GPU 1 to 2 GiB more.
 """
 
-import sys
-from pathlib import Path
+from itertools import product
 
 import torch
+from harness import config, finish, parser
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import finish, parser
-
 from models import SimCLR, nt_xent
 from simclr import train_step
-from training.optim import make_optimizer, set_learning_rate
+from training.optim import make_optimizer
+from training.state import Learner
 
 GIB = 2**30
 
 
-def step_memory(
-    backbone: str,
-    batch: int,
-    dtype: torch.dtype,
-    activation_checkpointing: bool,
-    size: int = 32,
-    micro_batch_size: int | None = None,
-) -> float:
-    """Peak GiB of the second training step; in the first the optimizer has no momentum yet."""
+def step_memory(backbone: str, batch: int, *overrides: str, size: int = 32) -> float:
+    """Peak GiB of the second training step; in the first the optimizer has no momentum yet.
+
+    overrides: precision, activation_checkpointing, micro_batch_size.
+    """
     device = torch.device("cpu")  # a fake one: nothing is allocated
+    cfg = config(f"backbone={backbone}", f"batch_size={batch}", *overrides)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FakeTensorMode():
-        memory = {"activation_checkpointing": activation_checkpointing}
-        model = SimCLR(backbone, **memory, micro_batch_size=micro_batch_size)
+        recompute = {"activation_checkpointing": cfg.activation_checkpointing}
+        model = SimCLR(backbone, micro_batch_size=cfg.micro_batch_size, **recompute)
         for weight in model.parameters():  # what model.to() does, but can't with fake tensors
             if weight.dim() == 4:
                 weight.data = weight.data.to(memory_format=torch.channels_last)
         optimizer = make_optimizer("sgd", model.parameters(), momentum=0.9, weight_decay=1e-6)
-        set_learning_rate(optimizer, 0.6)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         embed = model.embed
@@ -56,12 +49,16 @@ def step_memory(
                 tracker.memory_tracking.pop(module, None)  # it refuses a second pass in a step
             return embed(x)
 
+        def make_views(*args: object) -> torch.Tensor:  # the views alone, not how they are made
+            return torch.rand(2 * batch, 3, size, size, device=device)
+
         model.embed = forget
+        learner = Learner(model, model, optimizer, scaler, make_views=make_views, graphed=False)
+        images = noise = torch.empty(0, 1, 1, 1)
         for _ in range(2):
             tracker.reset_mod_stats()
             with tracker:
-                views = torch.rand(2 * batch, 3, size, size, device=device)
-                train_step(model, optimizer, scaler, views, 0.5, dtype)
+                train_step(cfg, learner, images, noise, size)
         return tracker.get_tracker_snapshot("peak")[device]["Total"] / GIB
 
 
@@ -86,26 +83,21 @@ def main() -> None:
     args.add_argument("--processes", type=int, help="that share the batch, for the loss alone")
     args = args.parse_args()
     if args.processes:
-        loss = {f"loss_{n}": loss_memory(n, args.processes) / 2**20 for n in args.batch}
         print("NT-Xent in one process, MiB:")
-        finish(loss)
+        finish({f"loss_{n}": loss_memory(n, args.processes) / 2**20 for n in args.batch})
         return
-    columns = [
-        (f"{name}{' checkpointed' * recompute}", dtype, recompute)
-        for recompute in (False, True)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    ]
-    results = {}
-    print(f"{'GiB':20}" + "".join(f"{name:>18}" for name, _, _ in columns))
-    for backbone in args.backbone:
-        for batch in args.batch:
-            row = f"{backbone}, batch {batch}"
-            print(f"{row:20}", end="")
-            for name, dtype, recompute in columns:
-                gib = step_memory(backbone, batch, dtype, recompute, args.size, args.micro)
-                results[f"{backbone}_{batch}_{name.replace(' ', '_')}"] = round(gib, 2)
-                print(f"{gib:18.1f}", end="", flush=True)
-            print()
+    micro = f"micro_batch_size={args.micro or 'null'}"
+    columns, results = ("fp32", "bf16", "fp32 checkpointed", "bf16 checkpointed"), {}
+    print(f"{'GiB':20}" + "".join(f"{name:>18}" for name in columns))
+    for backbone, batch in product(args.backbone, args.batch):
+        print(f"{f'{backbone}, batch {batch}':20}", end="")
+        for name in columns:
+            precision, _, checkpointed = name.partition(" ")
+            options = f"precision={precision}", f"activation_checkpointing={bool(checkpointed)}"
+            gib = step_memory(backbone, batch, *options, micro, size=args.size)
+            results[f"{backbone}_{batch}_{name.replace(' ', '_')}"] = round(gib, 2)
+            print(f"{gib:18.1f}", end="", flush=True)
+        print()
     results["loss_matrices_at_4096"] = round(loss_memory(4096) / (4 * 8192**2), 3)
     print(f"NT-Xent at N = 4,096: {results['loss_matrices_at_4096']} matrices of 8,192 × 8,192")
     finish(results)

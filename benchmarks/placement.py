@@ -2,53 +2,27 @@
 
     python benchmarks/placement.py --size 224 --batch 256 --images 4096      # on a GPU
 
-Epochs of simclr.py on random images take turns. Like a run it reads the metrics of a step while
-the next is computed, so that the CPU is never further ahead; unlike one it records a CUDA graph
-in each epoch. `gather` is what the CPU does for the images of an epoch in host memory: copying
-stays hidden while that is below the time of an epoch.
+Epochs of simclr.py on random images take turns; unlike a run each records a CUDA graph. `gather`
+is what the CPU does for the images of an epoch in host memory, before they are copied.
 """
 
-import sys
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from statistics import median
+from functools import partial
 
 import torch
-from torch import Tensor
+from harness import Recorder, alternate, config, finish, parser, ratio, report, train_epoch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import EpochEnd, NoRecord, alternate, config, finish, parser, report
-
-import simclr
-from images.host import HostImages, Images
-from system.device import select_device, start_copy
-from training.state import Training
+from images.datasets import HostImages, Images
+from simclr import make_learner
+from system.device import select_device
 
 DEVICE, HOST, BLUR, GATHER = "on the device", "in host memory", "on the device, blurred", "gather"
 
 
-class Record(NoRecord):
-    """Reads the metrics of the step before, as training.record.RunRecord does."""
-
-    def log_step(self, training: Training, metrics: dict[str, Tensor], rate: float) -> None:
-        """Start to copy the metrics, and wait for those of the step before."""
-        self.step_metrics.append(start_copy(metrics))
-        if len(self.step_metrics) > 1:
-            self.step_metrics[-2]()
-
-
-def epochs(images: Images, device: torch.device, *overrides: str) -> Callable[[], object]:
+def epochs(images: Images, device: torch.device, *overrides: str) -> Callable[[], None]:
     """The next epoch of a run of simclr.py on these images."""
     cfg = config("epochs=1000000", "compile=false", *overrides)
-    training = simclr.start_training(cfg, device, cfg.epochs)
-
-    def epoch() -> None:
-        with suppress(EpochEnd):
-            simclr.train(cfg, training, images, None, Record())
-
-    return epoch
+    return partial(train_epoch, cfg, make_learner(cfg, device), images, Recorder())
 
 
 def main() -> None:
@@ -63,7 +37,7 @@ def main() -> None:
     device = select_device("auto")
     images = torch.randint(0, 256, (args.images, 3, args.size, args.size), dtype=torch.uint8)
     size = f"backbone={args.backbone}", f"batch_size={args.batch}", f"image_size={args.size}"
-    options = *size, f"cifar_stem={str(args.size < 96).lower()}"
+    options = *size, f"cifar_stem={args.size < 96}"
     rows = torch.randperm(args.images).split(args.batch)
     seconds = alternate(
         {
@@ -75,9 +49,8 @@ def main() -> None:
         args.repeats,
     )
     report(seconds, 2 * (args.images // args.batch * args.batch))
-    middle = {name: median(times) for name, times in seconds.items()}
     names = {"host": HOST, "blur": BLUR, "gather": GATHER}
-    finish({f"{name}_vs_device": middle[row] / middle[DEVICE] for name, row in names.items()})
+    finish({f"{name}_vs_device": ratio(seconds, row, DEVICE) for name, row in names.items()})
 
 
 if __name__ == "__main__":

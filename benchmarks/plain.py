@@ -11,21 +11,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from config import Config, Views
 from models import SimCLR, nt_xent
+from system.device import select_device
 
 
-def plain_transform(
-    size: int, crop_scale: tuple[float, float], strength: float, gray: float
-) -> transforms.Compose:
+def plain_transform(cfg: Views, size: int) -> transforms.Compose:
     """App. A of the paper in torchvision's words, without blur."""
-    s = strength
+    s = cfg.color_strength
     jitter = transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, scale=crop_scale),
+            transforms.RandomResizedCrop(size, scale=tuple(cfg.crop_scale)),
             transforms.RandomHorizontalFlip(),
             transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(gray),
+            transforms.RandomGrayscale(cfg.grayscale_probability),
             transforms.ToTensor(),
         ]
     )
@@ -62,13 +62,26 @@ def plain_loader(
     )
 
 
-def plain_step(
-    model: SimCLR, optimizer: torch.optim.Optimizer, views: Tensor, temperature: float
-) -> Tensor:
-    """One step in float32; returns the loss."""
-    _, z = model(views)
-    loss, _ = nt_xent(*z.chunk(2), temperature)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+class Plain:
+    """Model and SGD of the plain pipeline, on the device that `auto` takes."""
+
+    def __init__(self, model: SimCLR, cfg: Config, weight_decay: float = 0.0) -> None:
+        self.device, self.temperature = select_device("auto"), cfg.temperature
+        self.model = model.to(self.device)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.01, momentum=cfg.momentum, nesterov=True,
+            weight_decay=weight_decay,
+        )  # fmt: skip
+
+    def epoch(self, loader: DataLoader) -> None:
+        """An epoch at a constant learning rate."""
+        for pair in loader:
+            self.step(pair)
+
+    def step(self, pair: tuple[Tensor, Tensor]) -> None:
+        """One step in float32 on a batch of the loader."""
+        _, z = self.model.train()(torch.cat(pair).to(self.device))
+        loss, _ = nt_xent(*z.chunk(2), self.temperature)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()

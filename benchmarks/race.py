@@ -21,36 +21,27 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 import torch
-from omegaconf import DictConfig
+from harness import config, describe_machine, finish_seeds, folder, knn, parser, synchronize
+from plain import Plain, plain_loader, plain_transform
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import config, describe_machine, finish, parser, synchronize
-from plain import plain_loader, plain_step, plain_transform
-
-from evaluation.features import accuracy, clean_features, knn_scores
+from config import Config
 from images.datasets import Split, load_split
 from models import SimCLR
 from system.checkpoint import load_encoder
-from system.device import select_device, select_precision
+from system.device import select_device
 
 RUN = ["recipe=fast", "epochs=2"]
 
 
-def plain_steps(cfg: DictConfig, train: Split, batch: int, repeats: int) -> list[float]:
+def plain_steps(cfg: Config, train: Split, batch: int, repeats: int) -> list[float]:
     """Seconds of each of `repeats` steps of the plain pipeline, after one that does not count."""
-    device = select_device("auto")
-    model = SimCLR("resnet18").to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    colors = cfg.color_strength, cfg.grayscale_probability
-    transform = plain_transform(cfg.image_size, tuple(cfg.crop_scale), *colors)
-    loader = plain_loader(train.images[: batch * (repeats + 1)].cpu(), batch, transform)
+    plain, transform = Plain(SimCLR("resnet18"), cfg), plain_transform(cfg, cfg.image_size)
     times = []
-    for pair in loader:
-        plain_step(model, optimizer, torch.cat(pair).to(device), cfg.temperature)
+    for pair in plain_loader(train.images[: batch * (repeats + 1)].cpu(), batch, transform):
+        plain.step(pair)
         synchronize()
         times.append(time.perf_counter())
     return [b - a for a, b in pairwise(times)]
@@ -65,23 +56,20 @@ def timed_run(overrides: list[str], run_dir: Path) -> list[tuple[float, Path]]:
     return sorted((path.stat().st_mtime - start, path) for path in run_dir.glob("*_epoch*.pt"))
 
 
-def knn(path: Path, size: int, train: Split, test: Split) -> float:
-    """kNN accuracy in % of a checkpoint, as simclr_lin.py has it."""
+def score(path: Path, cfg: Config, train: Split, test: Split) -> float:
+    """kNN accuracy in % of a checkpoint."""
     enc, _ = load_encoder(path)
-    device = train.images.device
-    dtype = select_precision("auto", device)
-    enc = enc.to(device, memory_format=torch.channels_last)
-    bank, queries = (clean_features(enc, part.images, size, 256, dtype) for part in (train, test))
-    return 100 * accuracy(knn_scores(bank, train.labels, queries, len(train.classes)), test.labels)
+    enc = enc.to(train.images.device, memory_format=torch.channels_last)
+    return 100 * knn(enc, cfg, train, test)
 
 
 def first_that_stays(
-    checkpoints: list[tuple[float, Path]], score: Callable[[Path], float], target: float
+    checkpoints: list[tuple[float, Path]], accuracy: Callable[[Path], float], target: float
 ) -> tuple[float, float] | None:
     """Seconds and score of the first from which on none is below the target; None: the last is."""
     first = None
     for seconds, path in reversed(checkpoints):
-        found = score(path)
+        found = accuracy(path)
         print(f"{seconds:.0f} s, {path.name}: kNN {found:.2f}", flush=True)
         if found < target:
             break
@@ -100,18 +88,18 @@ def main() -> None:
     args.add_argument("--repeats", type=int, default=3, help="plain steps before, and after")
     args = args.parse_args()
     describe_machine()
-    overrides = ["dataset=folder", f"data_dir={Path(args.data).resolve()}", *args.run]
+    overrides = folder(args.data, *args.run)
     cfg, device = config(*overrides), select_device("auto")
-    parts = (load_split("folder", args.data, part, cfg.image_size, 2) for part in ("train", "test"))
-    train, test = (part.to(device) for part in parts)
+    judge = config(*folder(args.data), f"image_size={cfg.image_size}")  # in any run's precision
+    train, test = (load_split(judge, part).to(device) for part in ("train", "test"))
     results: dict[str, list[float]] = {"seconds": [], "plain_steps": [], "knn": []}
     for seed in args.seed:
         with tempfile.TemporaryDirectory() as run_dir:
             steps = plain_steps(cfg, train, args.batch, args.repeats)
             checkpoints = timed_run([*overrides, f"seed={seed}"], Path(run_dir))
             steps += plain_steps(cfg, train, args.batch, args.repeats)
-            score = partial(knn, size=cfg.image_size, train=train, test=test)
-            first = first_that_stays(checkpoints, score, args.target)
+            accuracy = partial(score, cfg=judge, train=train, test=test)
+            first = first_that_stays(checkpoints, accuracy, args.target)
         spread = f"{min(steps):.2f} to {max(steps):.2f} s"
         print(f"seed {seed}: plain step {median(steps):.2f} s ({spread}, n = {len(steps)})")
         if first is None:
@@ -120,11 +108,7 @@ def main() -> None:
         seconds, found = first
         for name, value in zip(results, (seconds, seconds / median(steps), found), strict=True):
             results[name].append(value)
-    for name, values in results.items():
-        spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
-        print(f"{name:12} {mean(values):8.1f}{spread} (n = {len(values)})" if values else name)
-    all_reach = len(results["knn"]) == len(args.seed)
-    finish({name: mean(values) if all_reach else None for name, values in results.items()})
+    finish_seeds(results, len(args.seed))
 
 
 if __name__ == "__main__":

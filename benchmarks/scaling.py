@@ -16,18 +16,14 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from harness import Recorder, alternate, config, describe_machine, finish, parser, train_epoch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import alternate, config, describe_machine, finish, parser, train_epoch
-
-from simclr import start_training
+from simclr import make_learner
 from system.device import select_device
 from training import distributed
 
@@ -41,21 +37,20 @@ def leave(parts: list[torch.Tensor], own: torch.Tensor) -> None:
 def time_steps(backbone: str, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of training steps with and without communication, in this process."""
     device = select_device("auto")
-    sync = f"sync_batchnorm={str(device.type == 'cuda').lower()}"
+    sync = f"sync_batchnorm={device.type == 'cuda'}"
     sizes = f"backbone={backbone}", f"batch_size={batch}", "epochs=1000000"
     cfg = config(*sizes, sync, "compile=false")
     if device.type == "cpu":
         torch.set_num_threads(1)
     with distributed.process_group(device):
-        training = start_training(cfg, device, cfg.epochs)
+        learner, recorder = make_learner(cfg, device), Recorder()
         images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
 
         def step() -> None:
-            (metrics,) = train_epoch(cfg, training, images)  # an epoch of one step
-            float(metrics["loss"])  # wait for it
+            train_epoch(cfg, learner, images, recorder)  # an epoch of one step
 
         def alone() -> None:
-            ddp = training.ddp_model
+            ddp = learner.ddp_model
             gradients = ddp.no_sync() if distributed.world_size() > 1 else nullcontext()
             reduce = patch.object(dist, "all_reduce", lambda *args, **kwargs: None)
             with gradients, reduce, patch.object(dist, "all_gather", leave):

@@ -10,28 +10,25 @@ The table under it is of one eager step of ours: its parts timed one by one, and
 On a GPU all steps here are eager or compiled; benchmarks/gpu.py times the CUDA graphs of a run.
 """
 
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from itertools import count
 from statistics import median
 
 import torch
+from harness import alternate, config, finish, parser, ratio, report, synchronize
+from plain import Plain, plain_loader, plain_transform
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import alternate, finish, parser, report, synchronize
-from plain import plain_loader, plain_step, plain_transform
-
+from config import Config
 from images.augment import draw, random_views
 from models import SimCLR, nt_xent
-from simclr import train_step
-from system.device import select_device, select_precision
-from training.optim import make_optimizer, set_learning_rate
+from simclr import make_learner, train_step
+from system.device import select_device, to_device
+from training.optim import set_learning_rate
 
-CROP_SCALE, STRENGTH, GRAY = (0.08, 1.0), 0.5, 0.2
 BATCHES = 16 if torch.cuda.is_available() else 2  # of the plain pipeline, an epoch
 PLAIN = "plain pipeline"
 IMAGES = 50_000  # of CIFAR-10, for the seconds an epoch would take
@@ -40,71 +37,36 @@ CONVOLUTION_OR_NORM = (  # parts of the names of operations, and of cuDNN's kern
 )  # fmt: skip
 
 
-def make_views(images: Tensor, rng: torch.Generator, views: Callable[..., Tensor]) -> Tensor:
-    """Two views of each image with the default settings."""
-    u = draw(2 * len(images), rng)
-    size = images.shape[-1]
-    return views(images.repeat(2, 1, 1, 1), u, size, CROP_SCALE, 0.5, STRENGTH, GRAY)
-
-
-def our_step(
-    backbone: str,
-    images: Tensor,
-    dtype: torch.dtype,
-    compiled: bool = False,
-    activation_checkpointing: bool = False,
-) -> Callable[[], object]:
-    """One step of simclr.py on these images."""
-    device = images.device
-    torch.backends.cudnn.benchmark = True
-    model = SimCLR(backbone, activation_checkpointing=activation_checkpointing)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer("sgd", model.parameters(), momentum=0.9, weight_decay=1e-6)
-    set_learning_rate(optimizer, 0.01)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    rng = torch.Generator(device).manual_seed(0)
-    views = random_views
-    if compiled:
-        model.compile(dynamic=False)
-        views = torch.compile(random_views, dynamic=False)
+def our_step(cfg: Config, images: Tensor) -> Callable[[], object]:
+    """One step of simclr.py on these images, with new views each time."""
+    learner, steps, device = make_learner(cfg, images.device), count(), images.device
+    set_learning_rate(learner.optimizer, 0.01)
 
     def step() -> None:
-        batch = make_views(images, rng, views)
-        train_step(model, optimizer, scaler, batch, 0.5, dtype)
+        noise = to_device(draw(2 * len(images), cfg.seed, next(steps)), device)
+        train_step(cfg, learner, images, noise, images.shape[-1])
 
     return step
 
 
-def plain_epoch(backbone: str, images: Tensor, batch_size: int) -> Callable[[], object]:
-    """An epoch of the plain pipeline."""
-    device = select_device("auto")
-    model = SimCLR(backbone).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    transform = plain_transform(images.shape[-1], CROP_SCALE, STRENGTH, GRAY)
-    loader = plain_loader(images, batch_size, transform)
-
-    def epoch() -> None:
-        for pair in loader:
-            plain_step(model, optimizer, torch.cat(pair).to(device), 0.5)
-
-    return epoch
-
-
-def parts(backbone: str, images: Tensor) -> dict[str, list[float]]:
+def parts(cfg: Config, images: Tensor) -> dict[str, list[float]]:
     """Seconds of what is not the model: augmentation, loss, optimizer, the log's additions."""
-    device = images.device
-    rng = torch.Generator(device).manual_seed(0)
-    model = SimCLR(backbone).to(device)
-    optimizer = make_optimizer("sgd", model.parameters(), momentum=0.9, weight_decay=1e-6)
-    for weight in model.parameters():
+    device, n, size = images.device, len(images), images.shape[-1]
+    learner, steps = make_learner(cfg, device), count()
+    for weight in learner.model.parameters():
         weight.grad = torch.zeros_like(weight)
-    z = torch.randn(2, len(images), 128, device=device, requires_grad=True)
+    z = torch.randn(2, n, 128, device=device, requires_grad=True)
     totals = torch.zeros(2, device=device)
+
+    def augment() -> None:
+        noise = to_device(draw(2 * n, cfg.seed, next(steps)), device)
+        random_views(images.repeat(2, 1, 1, 1), noise, size, cfg)
+
     functions = {
-        "augmentation": lambda: make_views(images, rng, random_views),
+        "augmentation": augment,
         "loss and its gradient": lambda: nt_xent(*z, 0.5)[0].backward(),
-        "optimizer": optimizer.step,
-        "logging": lambda: totals.add_(torch.stack([totals[0], totals[1]])),
+        "optimizer": learner.optimizer.step,
+        "logging": lambda: torch.stack([totals[0], totals[1]]),
     }
     return alternate(functions, 7)
 
@@ -136,14 +98,6 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
     return result
 
 
-def peak_memory(step: Callable[[], object]) -> float:
-    """GiB of GPU memory at the peak of a step, with nothing else on the GPU yet."""
-    for _ in range(2):  # in the first the optimizer has no momentum yet
-        torch.cuda.reset_peak_memory_stats()
-        step()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def main() -> None:
     """Time all of them in turn; the last line is one JSON object."""
     args = parser(__doc__)
@@ -154,52 +108,48 @@ def main() -> None:
     args.add_argument("--activation-checkpointing", action="store_true", help="a row more")
     args.add_argument("--no-plain", action="store_true", help="where it needs too much memory")
     args = args.parse_args()
-    device = select_device("auto")
-    dtype = select_precision("auto", device)
+    size = f"backbone={args.backbone}", f"batch_size={args.batch}"
+
+    def ours(*overrides: str) -> Callable[[], object]:
+        return our_step(config(*size, "compile=false", *overrides), images)
+
+    cfg = config(*size, "compile=false")
     cpu_images = torch.randint(0, 256, (args.batch, 3, 32, 32), dtype=torch.uint8)
-    images = cpu_images.to(device)
-    result = {}
-    step = our_step(args.backbone, images, dtype)
-    if torch.cuda.is_available():
-        result["peak_gib"] = peak_memory(step)
+    images = cpu_images.to(select_device("auto"))
+    step = ours()
     functions = {}
     if not args.no_plain:
-        epoch_images = cpu_images.repeat(BATCHES, 1, 1, 1)
-        functions[PLAIN] = plain_epoch(args.backbone, epoch_images, args.batch)
-        functions["ours, float32"] = our_step(args.backbone, images, torch.float32)
+        epoch, transform = cpu_images.repeat(BATCHES, 1, 1, 1), plain_transform(cfg, 32)
+        plain = Plain(SimCLR(args.backbone), cfg)
+        functions[PLAIN] = partial(plain.epoch, plain_loader(epoch, args.batch, transform))
+        functions["ours, float32"] = ours("precision=fp32")
     functions["ours"] = step
     if args.activation_checkpointing:
-        functions["ours, recomputed"] = our_step(
-            args.backbone, images, dtype, activation_checkpointing=True
-        )
+        functions["ours, recomputed"] = ours("activation_checkpointing=true")
     if args.compile:
-        functions["ours, compiled"] = our_step(args.backbone, images, dtype, compiled=True)
+        functions["ours, compiled"] = ours("compile=true")
     seconds = alternate(functions, args.repeats)
     if PLAIN in seconds:
         seconds[PLAIN] = [value / BATCHES for value in seconds[PLAIN]]
-    print(f"{args.backbone}, batch {args.batch}, ours in {str(dtype).removeprefix('torch.')}")
+    print(f"{args.backbone}, batch {args.batch}, ours in {cfg.precision}")
     report(seconds, 2 * args.batch)
-    middle = {name: median(times) for name, times in seconds.items()}
-    for name, value in middle.items():
-        print(f"{name}: {value * (IMAGES // args.batch):,.0f} s an epoch of {IMAGES:,} images")
-
-    share = 0.0
+    for name, times in seconds.items():
+        epoch = median(times) * (IMAGES // args.batch)
+        print(f"{name}: {epoch:,.0f} s an epoch of {IMAGES:,} images")
     print("of one eager step of ours:")
-    for name, times in parts(args.backbone, images).items():
-        share += median(times) / middle["ours"]
-        print(f"    {median(times) / middle['ours']:6.2%}  {name}")
+    whole, shares = median(seconds["ours"]), {}
+    for name, times in parts(cfg, images).items():
+        shares[name] = median(times) / whole
+        print(f"    {shares[name]:6.2%}  {name}")
     print("by operation:")
-    result |= profiled(step)
-    result["share_of_augmentation_loss_optimizer_logging"] = share
-
-    def ratio(reference: str, name: str) -> float | None:
-        rows = [middle.get(row) for row in (reference, name)]
-        return rows[0] / rows[1] if all(rows) else None
-
-    result["step_eager_vs_plain"] = ratio(PLAIN, "ours")
-    result["step_float32_vs_plain"] = ratio(PLAIN, "ours, float32")
-    result["step_compiled_vs_plain"] = ratio(PLAIN, "ours, compiled")
-    result["step_recomputed_vs_not"] = ratio("ours, recomputed", "ours")
+    result = {
+        **profiled(step),
+        "share_of_augmentation_loss_optimizer_logging": sum(shares.values()),
+    }
+    result["step_eager_vs_plain"] = ratio(seconds, PLAIN, "ours")
+    result["step_float32_vs_plain"] = ratio(seconds, PLAIN, "ours, float32")
+    result["step_compiled_vs_plain"] = ratio(seconds, PLAIN, "ours, compiled")
+    result["step_recomputed_vs_not"] = ratio(seconds, "ours, recomputed", "ours")
     finish(result)
 
 

@@ -12,26 +12,29 @@ compared with the end of `plain`, and with the first time that `plain` had it. A
 the defaults, of which the plain pipeline took 33 minutes on two cores of an AMD EPYC (Zen 5).
 """
 
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from statistics import mean, stdev
 
 import torch
-from omegaconf import DictConfig
+from harness import (
+    Recorder,
+    config,
+    finish_seeds,
+    folder,
+    knn,
+    parser,
+    subset,
+    synchronize,
+    train_epoch,
+)
+from plain import Plain, plain_loader, plain_transform
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from harness import config, finish, parser, subset, synchronize, train_epoch
-from plain import plain_loader, plain_step, plain_transform
-
-import simclr
-from evaluation.features import accuracy, clean_features, knn_scores
+from config import Config
 from images.datasets import Split, load_split
 from models import SimCLR
-from system.device import select_device, select_precision
+from simclr import make_learner
+from system.device import select_device
 from training.optim import cosine_learning_rate, set_learning_rate
 
 RECIPE = [  # for short runs: docs/results.md
@@ -42,17 +45,11 @@ FAST = ["recipe=fast", "batch_size=64"]  # 78 steps an epoch of 5,000 images
 Point = tuple[float, int, float]  # seconds, epoch, kNN accuracy
 
 
-def plain_run(cfg: DictConfig, images: Tensor, workers: int = 2) -> Iterator[SimCLR]:
+def plain_run(cfg: Config, images: Tensor, workers: int = 2) -> Iterator[SimCLR]:
     """The plain pipeline; yields the model after each epoch."""
     torch.manual_seed(cfg.seed)
-    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim).to(select_device("auto"))
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.0, momentum=cfg.momentum, nesterov=True,
-        weight_decay=cfg.weight_decay,
-    )  # fmt: skip
-    transform = plain_transform(
-        cfg.image_size, tuple(cfg.crop_scale), cfg.color_strength, cfg.grayscale_probability
-    )
+    model = SimCLR(cfg.backbone, cfg.projection_dim, cfg.hidden_dim)
+    plain, transform = Plain(model, cfg, cfg.weight_decay), plain_transform(cfg, cfg.image_size)
     loader = plain_loader(images, cfg.batch_size, transform, cfg.seed, workers)
     for epoch in range(cfg.epochs):
         for i, pair in enumerate(loader):
@@ -60,37 +57,29 @@ def plain_run(cfg: DictConfig, images: Tensor, workers: int = 2) -> Iterator[Sim
                 epoch * len(loader) + i, cfg.epochs * len(loader),
                 cfg.learning_rate, cfg.min_learning_rate,
             )  # fmt: skip
-            set_learning_rate(optimizer, rate)
-            views = torch.cat(pair).to(next(model.parameters()).device)
-            plain_step(model.train(), optimizer, views, cfg.temperature)
+            set_learning_rate(plain.optimizer, rate)
+            plain.step(pair)
         synchronize()
         yield model
 
 
-def our_run(cfg: DictConfig, images: Tensor) -> Iterator[SimCLR]:
+def our_run(cfg: Config, images: Tensor) -> Iterator[SimCLR]:
     """simclr.py's own training; yields the model after each epoch."""
     device = select_device("auto")
-    images = images.to(device)
-    training = simclr.start_training(cfg, device, cfg.epochs * (len(images) // cfg.batch_size))
-    while training.epoch < cfg.epochs:
-        training.model.train()
-        train_epoch(cfg, training, images)
-        yield training.model
+    learner, recorder, images = make_learner(cfg, device), Recorder(), images.to(device)
+    while recorder.epoch < cfg.epochs:
+        learner.model.train()
+        train_epoch(cfg, learner, images, recorder)
+        yield learner.model
 
 
-def knn(model: SimCLR, train: Split, test: Split) -> float:
-    """kNN accuracy of the representation in eval mode."""
-    device = next(model.parameters()).device
-    dtype = select_precision("auto", device)
-    train, test = train.to(device), test.to(device)
-    bank, queries = (
-        clean_features(model.eval().enc, split.images, 32, 256, dtype) for split in (train, test)
-    )
-    return accuracy(knn_scores(bank, train.labels, queries, len(train.classes)), test.labels)
+def race(
+    runs: dict[str, Iterator[SimCLR]], epochs: dict[str, int], cfg: Config, splits: list[Split]
+) -> dict[str, list[Point]]:
+    """Advance the run that is furthest behind, by one epoch; [(seconds, epoch, kNN), …] of each.
 
-
-def race(runs: dict[str, Iterator[SimCLR]], epochs: dict[str, int], train: Split, test: Split):
-    """Advance the run that is furthest behind, by one epoch; [(seconds, epoch, kNN), …] of each."""
+    cfg: for kNN; splits: training images and test images.
+    """
     trace = {name: [(0.0, 0, 0.0)] for name in runs}
     while unfinished := [name for name in runs if trace[name][-1][1] < epochs[name]]:
         name = min(unfinished, key=lambda name: trace[name][-1][1] / epochs[name])
@@ -98,7 +87,9 @@ def race(runs: dict[str, Iterator[SimCLR]], epochs: dict[str, int], train: Split
         model = next(runs[name])
         seconds = trace[name][-1][0] + time.perf_counter() - start
         epoch = trace[name][-1][1] + 1
-        found = knn(model, train, test) if epoch >= 0.6 * epochs[name] else 0.0
+        found = 0.0
+        if epoch >= 0.6 * epochs[name]:
+            found = knn(model.enc, cfg, train=splits[0], test=splits[1])
         trace[name].append((seconds, epoch, found))
         print(f"{name} {epoch}/{epochs[name]}: {seconds:.0f} s, kNN {found:.2%}", flush=True)
     return trace
@@ -127,8 +118,9 @@ def main() -> None:
     args.add_argument("--seed", type=int, nargs="+", default=[0])
     args.add_argument("--runs", nargs="+", default=["plain", "fast"])
     args = args.parse_args()
-    train = subset(load_split("folder", args.data, "train", 32, 2), args.images)
-    test = subset(load_split("folder", args.data, "test", 32, 2), args.test)
+    judge, device = config(*folder(args.data)), select_device("auto")
+    train = subset(load_split(judge, "train"), args.images)
+    splits = [train.to(device), subset(load_split(judge, "test"), args.test).to(device)]
     results: dict[str, list[float]] = {}
     for seed in args.seed:
         epochs = {name: args.epochs for name in args.runs}
@@ -139,7 +131,7 @@ def main() -> None:
             recipe = args.fast if name == "fast" else RECIPE
             cfg = config(*recipe, f"seed={seed}", f"epochs={epochs[name]}")
             runs[name] = (plain_run if name == "plain" else our_run)(cfg, train.images)
-        trace = race(runs, epochs, train, test)
+        trace = race(runs, epochs, judge, splits)
         for name in runs:
             results.setdefault(f"knn_{name}", []).append(trace[name][-1][2])
             results.setdefault(f"seconds_{name}", []).append(trace[name][-1][0])
@@ -149,11 +141,7 @@ def main() -> None:
                 print(f"{name} does not reach the accuracy of plain with seed {seed}")
             for key, ratio in (ratios or {}).items():
                 results.setdefault(f"time_{name}_vs_{key}_of_plain", []).append(ratio)
-    for key, values in sorted(results.items()):
-        spread = f" ± {stdev(values):.4g}" if len(values) > 1 else ""
-        print(f"{key:28} {mean(values):10.4g}{spread} (n = {len(values)})")
-    seeds = len(args.seed)  # null where one of them does not reach it
-    finish({key: mean(v) if len(v) == seeds else None for key, v in results.items()})
+    finish_seeds(dict(sorted(results.items())), len(args.seed))
 
 
 if __name__ == "__main__":

@@ -4,151 +4,128 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from images.augment import draw, random_crop_flip
-from images.datasets import Split, resize
-from images.host import Images
-from system.checkpoint import build_model
-from system.device import autocast
-from system.errors import UserError
+from config import Architecture, Config, keys
+from images.augment import CROPS, draw, random_crop_flip
+from images.datasets import Images, Probe, resize
+from system.checkpoint import build_model, load_checkpoint
+from system.device import autocast, select_device, select_precision, to_device
+from system.errors import progress_bar
 
 log = logging.getLogger("simclr")
 
 SIMILARITIES = 2**26  # computed at once: 256 MiB
 
 
-class NotFinite(UserError):
-    """Features, a classifier's loss or its scores have values that are not finite."""
+def open_checkpoint(
+    cfg: Config, path: Path, given: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], Config]:
+    """The content of a checkpoint, and cfg with its architecture and a precision by name.
 
-
-def check_finite(what: str, values: Tensor, dtype: torch.dtype, trained: bool = False) -> Tensor:
-    """The same values; raises NotFinite if one of them is inf or nan, or their norm overflows.
-
-    dtype: what they were computed in; trained: whether with weights that the evaluation trains. The
-    norm, in float32, shows inf and nan and takes no memory. On a GPU this waits for the values.
+    Raises ConfigError if a key `given` on the command line contradicts it; as `load_checkpoint`.
     """
-    if not (norm := torch.linalg.vector_norm(values, dtype=torch.float32)).isfinite():
-        ways = ["lower finetune_learning_rate"] if trained else []
-        ways += ["take precision=fp32"] if dtype != torch.float32 else []
-        ways += [] if trained else ["take another checkpoint"]
-        raise NotFinite(f"{what} not finite (norm {norm:g}): {', or '.join(ways)}")
-    return values
+    saved = load_checkpoint(path)
+    architecture = {key: saved["config"][key] for key in keys(Architecture)}
+    for key in given & set(architecture):
+        trained = architecture[key]
+        cfg.require(key, getattr(cfg, key) == trained, f"{trained}, as in {path}; leave it out")
+    precision = select_precision(cfg.precision, select_device(cfg.device))
+    return saved, replace(cfg, **architecture, precision=precision)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is inf or nan, by their norm, which takes no memory; waits for a GPU."""
+    return bool(torch.linalg.vector_norm(values, dtype=torch.float32).isfinite())
 
 
 @contextmanager
-def frozen(enc: nn.Module) -> Iterator[nn.Module]:
+def frozen(enc: nn.Module) -> Iterator[None]:
     """Put the encoder in eval mode without gradients, and check afterwards that it is unchanged.
 
     `module.requires_grad = False` freezes nothing, and in train mode batch-norm statistics move:
-    both bugs affect the published 92.06 %. Every tensor is hashed (SHA-256) before and after.
-    Raises RuntimeError, naming the parameters and buffers that have changed.
+    both bugs affect the published 92.06 %. Raises RuntimeError if the SHA-256 of the parameters
+    and buffers has changed.
     """
     enc.eval().requires_grad_(False)
-    before = _hashes(enc)
-    yield enc
-    changed = [name for name, digest in _hashes(enc).items() if digest != before[name]]
-    if changed:
-        raise RuntimeError(f"the frozen encoder has changed: {', '.join(changed)}")
+    before = _digest(enc)
+    yield
+    if _digest(enc) != before:
+        raise RuntimeError("the frozen encoder has changed")
 
 
-def _hashes(module: nn.Module) -> dict[str, bytes]:
-    return {
-        name: hashlib.sha256(tensor.cpu().numpy().tobytes()).digest()
-        for name, tensor in module.state_dict().items()
-    }
+def _digest(module: nn.Module) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.digest()
 
 
-def build_encoder(
-    saved: dict[str, Any], path: Path, encoder: str, seed: int
-) -> tuple[nn.Module, int]:
-    """An encoder and its feature size D.
+def build_encoder(saved: dict[str, Any], path: Path, encoder: str, seed: int) -> nn.Module:
+    """The encoder of the checkpoint `saved`, which was read from `path`, or a baseline.
 
     encoder: "checkpoint"; "random", the same network untrained; or "pixels", the image itself.
     """
     if encoder == "pixels":
-        return nn.Flatten(), 3 * saved["config"]["image_size"] ** 2
+        return nn.Flatten()
     torch.manual_seed(seed)  # weights of an untrained one
     model = build_model(saved, path, trained=encoder == "checkpoint")
-    return model.enc.to(memory_format=torch.channels_last), model.feature_dim
+    return model.enc.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def extract_features(
-    enc: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype, trained: bool = False
-) -> Tensor:
+def extract_features(enc: nn.Module, batches: Iterable[Tensor], precision: str) -> Tensor:
     """Features (N, D) of all rows of the batches (n, 3, S, S), in order.
 
-    Computed in mixed precision `dtype` and kept in the encoder's output precision: converting to
-    float32 would double the memory and add no information. Raises NotFinite as `check_finite`.
+    Computed in mixed precision and kept in the encoder's output precision: converting to float32
+    would double the memory and add no information.
     """
     features = []
     for x in batches:
-        with autocast(x.device, dtype):
+        with autocast(x.device, precision):
             features.append(enc(x))
-    return check_finite("the output of the network is", torch.cat(features), dtype, trained)
+    return torch.cat(features)
 
 
 def clean_features(
-    enc: nn.Module,
-    images: Images,
-    size: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    check: Callable[[], None] = lambda: None,
-    trained: bool = False,
+    enc: nn.Module, images: Images, cfg: Config, check: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Features (N, D) of unaugmented images; images: (N, 3, H, W), uint8.
+    """Features (N, D) of unaugmented images (N, 3, H, W), uint8, resized to cfg.image_size.
 
-    `check` is called before each batch, and may raise. Raises NotFinite as `check_finite`.
+    cfg.precision: by name, not `auto`. `check` is called before each batch, and may raise.
     """
+    batches, total = images.split(cfg.batch_size), math.ceil(len(images) / cfg.batch_size)
 
-    def batches() -> Iterator[Tensor]:
-        parts, count = images.split(batch_size), math.ceil(len(images) / batch_size)
-        for x in tqdm(parts, "features", count, leave=False, mininterval=1, unit="batch"):
-            check()
-            yield resize(x, size)
+    def prepare(x: Tensor) -> Tensor:
+        check()
+        return resize(x, cfg.image_size)
 
-    with closing(batches()) as parts:  # and the bar, before an error is printed
-        return extract_features(enc, parts, dtype, trained)
+    with progress_bar(iterable=batches, total=total, desc="features", leave=False) as bar:
+        return extract_features(enc, map(prepare, bar), cfg.precision)
 
 
-def crop_features(
-    enc: nn.Module,
-    images: Images,
-    views: int,
-    size: int,
-    crop_scale: tuple[float, float],
-    flip_probability: float,
-    batch_size: int,
-    dtype: torch.dtype,
-    seed: int,
-) -> Tensor:
+def crop_features(enc: nn.Module, images: Images, cfg: Config, views: int) -> Tensor:
     """Features (K, N, D) of K = `views` random crops and flips of each image.
 
     The paper's linear evaluation draws new crops in every epoch; since the encoder is frozen, K
-    sets of features can be extracted once and cycled through.
+    sets of features can be extracted once and cycled through. The crops do not depend on the batch
+    size. images and cfg: as for `clean_features`.
     """
-    rng = torch.Generator(images.device).manual_seed(seed)
-    features = None
-    with tqdm(range(views), "features of crops", leave=False, unit="view") as bar:
+    n, features = cfg.batch_size, []
+    with progress_bar(iterable=range(views), desc="features of crops", leave=False) as bar:
         for k in bar:
-            crops = (
-                random_crop_flip(x, draw(len(x), rng), size, crop_scale, flip_probability)
-                for x in images.split(batch_size)
-            )
-            view = extract_features(enc, crops, dtype)
-            if features is None:
-                features = view.new_empty(views, *view.shape)
-            features[k] = view
-    return features
+            u = to_device(draw(len(images), cfg.seed, step=k, stream=CROPS), images.device)
+            batches = zip(images.split(n), u.split(n, dim=1), strict=True)
+            crops = (random_crop_flip(x, own, cfg.image_size, cfg) for x, own in batches)
+            features.append(extract_features(enc, crops, cfg.precision))
+    return torch.stack(features)
 
 
 @torch.no_grad()
@@ -157,6 +134,7 @@ def knn_scores(
     bank_labels: Tensor,
     queries: Tensor,
     classes: int,
+    *,
     k: int = 10,
     temperature: float | None = None,
 ) -> Tensor:
@@ -177,40 +155,30 @@ def knn_scores(
 
 
 def held_out_knn(
-    enc: nn.Module,
-    split: Split,
-    bank: Tensor,
-    queries: Tensor,
-    size: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    check: Callable[[], None] = lambda: None,
+    enc: nn.Module, probe: Probe, cfg: Config, *, batch_size: int, check: Callable[[], None]
 ) -> float | None:
-    """kNN accuracy in [0, 1] during pretraining; bank and queries are indices of training images.
+    """kNN accuracy in [0, 1] of the probe's queries in its bank, during pretraining.
 
     The encoder runs in eval mode and returns to its former mode. Costs one forward pass per image.
-    `check` is called before each batch, and may raise. None, and a warning, if the features are not
-    finite.
+    `check` is called before each batch, and may raise. None, and a warning, if a feature is not
+    finite, as in eval mode, while the loss, with the statistics of a batch, still is.
     """
-    was_training = enc.training
+    was_training, (split, bank, queries) = enc.training, probe
     try:
-        h = clean_features(enc.eval(), split.images, size, batch_size, dtype, check)
-    except NotFinite:  # while the loss, with the statistics of a batch, still is
-        return log.warning("warning: no kNN: in eval mode the features are not finite")
+        h = clean_features(enc.eval(), split.images, replace(cfg, batch_size=batch_size), check)
     finally:
         enc.train(was_training)
+    if not is_finite(h):
+        log.warning("warning: no kNN: in eval mode the features are not finite")
+        return None
     scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
     return accuracy(scores, split.labels[queries])
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Fraction in [0, 1] of rows of scores (N, C) whose largest score is at the label (N,).
+def accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Fraction in [0, 1] of rows of scores (N, C) with the label (N,) among the k largest.
 
     A tie goes to the smallest class, as in scikit-learn's kNN.
     """
-    return (scores.argmax(dim=1) == labels).sum().item() / len(labels)
-
-
-def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Fraction in [0, 1] of rows of scores (N, C) with the label (N,) among the k largest."""
-    return (scores.topk(k, dim=1).indices == labels[:, None]).sum().item() / len(labels)
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return (best == labels[:, None]).sum().item() / len(labels)

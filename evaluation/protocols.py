@@ -3,189 +3,172 @@
 Each protocol returns scores of the test images; it never gets their labels.
 """
 
-import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evaluation.classifiers import (
-    Classifier,
-    EvaluationTask,
-    fit_linear,
-    fit_logistic,
-    fit_network,
-)
-from evaluation.features import (
-    NotFinite,
-    accuracy,
-    check_finite,
-    clean_features,
-    crop_features,
-    frozen,
-    knn_scores,
-)
-from images.datasets import hold_out
-from images.host import Images, take
+from config import Config, as_list
+from evaluation import classifiers, features
+from evaluation.classifiers import Classifier, Task
+from images.datasets import Images, Split, hold_out, select_images
 from system.errors import UserError
-from system.memory import memory_advice
 
-log = logging.getLogger("simclr_lin")
-
-VALIDATION_FRACTION = 0.1  # of the labelled training images, to choose hyperparameters on
-SMALLER = {  # what helps where memory is used up; elsewhere batch_size
-    "knn": "labels", "weighted_knn": "labels", "logistic": "labels",
-    "linear": "finetune_views or batch_size",
-}  # fmt: skip
+VALIDATION_FRACTION = 0.1  # of the labelled training images, to choose settings on
 INVERSE_PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # logistic regression
 
 
-class ProtocolResult(NamedTuple):
+class Result(NamedTuple):
     """The output of a protocol."""
 
     scores: Tensor  # (N, C), of the test images
     settings: dict[str, Any]
-    selection: dict[str, Any] | None = None  # where hyperparameters were chosen: how
+    selection: dict[str, Any] | None = None  # how the settings were chosen, if they were
 
 
-def run_protocols(
-    protocols: list[str], task: EvaluationTask
-) -> Iterator[tuple[str, ProtocolResult, float]]:
-    """Run each protocol of RUN: yields its name, its result and the seconds it takes alone.
-
-    Raises RuntimeError if a protocol other than finetune has changed the encoder, UserError if
-    there are too few labels to hold some out for choosing hyperparameters, if features, loss or
-    scores are not finite, or if memory is used up.
-    """
-    if "logistic" in protocols or len(task.candidates) > 1:
-        validation_split(task)  # refuses too few labels before hours are spent
-    feature_seconds = 0.0
-    if set(protocols) - {"finetune"}:
-        start = time.perf_counter()
-        with naming(task, f"features for {', '.join(protocols)}"), frozen(task.enc):
-            h, test_h = (
-                clean_features(task.enc, images, task.size, task.batch_size, task.dtype)
-                for images in (task.train.images, task.test_images)
-            )
-        task = task._replace(h=h, test_h=test_h)
-        feature_seconds = time.perf_counter() - start
-    for protocol in protocols:
-        tunes = protocol == "finetune"  # a copy of the encoder, and needs no features
-        start = time.perf_counter() - (0 if tunes else feature_seconds)
-        with naming(task, protocol):
-            with nullcontext() if tunes else frozen(task.enc):
-                result = RUN[protocol](task)
-            trained = "learning_rate" in result.settings
-            check_finite("the scores are", result.scores, torch.float32, trained)
-        settings = result.settings
-        if trained:
-            settings = {"epochs": task.epochs, "batch_size": task.batch_size, **settings}
-        result = ProtocolResult(result.scores.cpu(), settings, result.selection)  # waits for a GPU
-        yield protocol, result, time.perf_counter() - start
+def knn(task: Task) -> Result:
+    """Cosine kNN with k = 10; the features of the training images are the bank."""
+    return _vote(task, {"k": 10})
 
 
-@contextmanager
-def naming(task: EvaluationTask, protocol: str) -> Iterator[None]:
-    """Name protocol and encoder if in the block something is not finite, or memory is used up."""
-    try:
-        with memory_advice(f"take a smaller {SMALLER.get(protocol, 'batch_size')}"):
-            yield
-    except UserError as error:
-        raise type(error)(f"{protocol} of {task.encoder}, seed {task.seed}: {error}") from None
+def weighted_knn(task: Task) -> Result:
+    """Weighted kNN, as in Wu et al. 2018 (arXiv 1805.01978), Sec. 3.4."""
+    return _vote(task, {"k": 200, "temperature": 0.07})
 
 
-def run_knn(task: EvaluationTask, **settings: float) -> ProtocolResult:
-    """Cosine kNN; the features of the training images are the bank."""
+def _vote(task: Task, settings: dict[str, Any]) -> Result:
     labels, classes = task.train.labels, len(task.train.classes)
-    return ProtocolResult(knn_scores(task.h, labels, task.test_h, classes, **settings), settings)
+    return Result(features.knn_scores(task.h, labels, task.test_h, classes, **settings), settings)
 
 
-def run_linear(task: EvaluationTask) -> ProtocolResult:
+def linear(task: Task) -> Result:
     """Linear evaluation (Sec. 2.3): a linear layer on the features of random crops and flips."""
-    k = min(task.views, task.epochs)  # more would not be seen
-    crops = task.size, *task.crop, task.batch_size, task.dtype, task.seed
-    result = run_linear_on(task, crop_features(task.enc, task.train.images, k, *crops))
-    return result._replace(settings={"views": k, **result.settings})
+    candidates = sgd_settings(task.cfg)
+    k = min(task.cfg.finetune_views, task.cfg.finetune_epochs)  # more would not be seen
+    views = features.crop_features(task.enc, task.train.images, task.cfg, k)
+    fit = partial(classifiers.fit_linear, task, views)
+    layer, settings, selection = fit_best(task, candidates, fit, task.h)
+    return Result(layer(task.test_h), {"views": k, **settings}, selection)
 
 
-def run_linear_on(task: EvaluationTask, views: Tensor) -> ProtocolResult:
-    """Train a linear layer on the features (K, M, D) of K views of each training image."""
-    return select_and_fit(task, task.candidates, partial(fit_linear, task, views))
+def linear_clean(task: Task) -> Result:
+    """A linear layer on the features of the unaugmented training images."""
+    fit = partial(classifiers.fit_linear, task, task.h[None])  # one view
+    layer, settings, selection = fit_best(task, sgd_settings(task.cfg), fit, task.h)
+    return Result(layer(task.test_h), settings, selection)
+
+
+def logistic(task: Task) -> Result:
+    """Logistic regression on the features of the unaugmented training images."""
+    fit = partial(classifiers.fit_logistic, task)
+    model, settings, selection = fit_best(task, INVERSE_PENALTIES, fit, task.h)
+    return Result(model(task.test_h), settings, selection)
+
+
+def finetune(task: Task) -> Result:
+    """Fine-tuning, not a linear evaluation: a copy of the encoder is trained with the layer."""
+    fit, images = partial(classifiers.fit_network, task), task.train.images
+    network, settings, selection = fit_best(task, sgd_settings(task.cfg), fit, images)
+    return Result(network(task.test_images), settings, selection)
 
 
 RUN = {
-    "knn": partial(run_knn, k=10),
-    "weighted_knn": partial(run_knn, k=200, temperature=0.07),  # Wu et al. 2018
-    "linear": run_linear,
-    "linear_clean": lambda task: run_linear_on(task, task.h[None]),
-    "logistic": lambda task: select_and_fit(task, INVERSE_PENALTIES, partial(fit_logistic, task)),
-    "finetune": lambda task: select_and_fit(
-        task, task.candidates, partial(fit_network, task), task.train.images, task.test_images
-    ),
+    protocol.__name__: protocol
+    for protocol in (knn, weighted_knn, linear, linear_clean, logistic, finetune)
 }
 
 
-def protocols_for(
-    encoder: str, protocols: list[str], repeated: bool, few_labels: bool
-) -> list[str]:
-    """The protocols of RUN for an encoder: "checkpoint", or a baseline "random" or "pixels".
+def make_task(cfg: Config, encoder: str, enc: nn.Module, train: Split, test_images: Images) -> Task:
+    """The input of the protocols, with the features of the frozen encoder.
 
-    "knn" stands for both kNNs. `repeated`: not for the first seed, when deterministic protocols
-    are skipped: kNN, unless the labels or the encoder are drawn by the seed.
+    Raises UserError if one is not finite, RuntimeError if the encoder has changed.
     """
-    both = ["knn", "weighted_knn"]
-    names = [name for protocol in protocols for name in (both if protocol == "knn" else [protocol])]
-    if encoder == "pixels":  # no network to fine-tune
-        names = [name for name in names if name != "finetune"]
-    deterministic = both if encoder != "random" and not few_labels else []
-    return [name for name in names if not (repeated and name in deterministic)]
+    with features.frozen(enc):
+        h = features.clean_features(enc, train.images, cfg)
+        test_h = features.clean_features(enc, test_images, cfg)
+    name = f"{encoder}, seed {cfg.seed}"
+    for values in (h, test_h):
+        check_finite(values, f"features of {name}")
+    return Task(cfg, enc, train, test_images, h=h, test_h=test_h, name=name)
 
 
-def select_and_fit(
-    task: EvaluationTask,
-    candidates: list[dict[str, float]],
-    fit: Callable[..., Classifier],
-    inputs: Images | None = None,
-    test_inputs: Images | None = None,
-) -> ProtocolResult:
-    """Test scores of the best candidate, fitted on all labelled training images.
+def run_protocol(protocol: str, task: Task) -> Result:
+    """Run a protocol of `RUN`; its scores are on the CPU.
 
-    fit(index, **candidate) trains on the images of the index alone. Several candidates are each
-    fitted on nine tenths and scored on the held-out tenth; the best one (the first of equals) is
-    fitted again on everything, and it alone sees the test inputs. A candidate that diverges has no
-    accuracy and loses; if all do, NotFinite is raised. Inputs are the features of unaugmented
-    images unless given.
+    Raises UserError if one is not finite or there are too few labels to choose settings on,
+    RuntimeError if the encoder has changed.
     """
-    if inputs is None:
-        inputs, test_inputs = task.h, task.test_h
+    with features.frozen(task.enc):
+        result = RUN[protocol](task)
+    check_finite(result.scores, f"scores of {protocol}, {task.name}")
+    return result._replace(scores=result.scores.cpu())
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise UserError unless all values are finite."""
+    if not features.is_finite(values):
+        remedy = "take precision=fp32, a lower finetune_learning_rate or another checkpoint"
+        raise UserError(f"not finite: {what}; {remedy}")
+
+
+def protocols_for(cfg: Config, encoder: str, first_run: bool) -> list[str]:
+    """The names in `RUN` of cfg.protocols for an encoder; "knn" stands for both kNNs.
+
+    kNN is deterministic, and left out after the first run, unless the seed draws the labelled
+    images or the encoder. The pixels have no network to fine-tune.
+    """
+    names = []
+    for protocol in cfg.protocols:
+        drawn = cfg.labels is not None or encoder == "random"
+        if protocol == "knn" and (first_run or drawn):
+            names += ["knn", "weighted_knn"]
+        elif protocol != "knn" and (protocol, encoder) != ("finetune", "pixels"):
+            names.append(protocol)
+    return names
+
+
+def sgd_settings(cfg: Config) -> list[dict[str, Any]]:
+    """The candidates of SGD: each learning rate of the config with each weight decay.
+
+    Raises ConfigError for a learning rate below the end of the schedule.
+    """
+    rates, decays = as_list(cfg.finetune_learning_rate), as_list(cfg.finetune_weight_decay)
+    allowed = f"at most finetune_learning_rate, {min(rates):g}, which follows batch_size unless set"
+    cfg.require("min_learning_rate", cfg.min_learning_rate <= min(rates), allowed)
+    fixed = {"epochs": cfg.finetune_epochs, "batch_size": cfg.batch_size}
+    return [{**fixed, "learning_rate": r, "weight_decay": d} for r, d in product(rates, decays)]
+
+
+def fit_best(
+    task: Task,
+    candidates: list[dict[str, Any]],
+    fit: Callable[[Tensor, dict[str, Any]], Classifier],
+    inputs: Images,
+) -> tuple[Classifier, dict[str, Any], dict[str, Any] | None]:
+    """The classifier with the best of the candidate settings; these; how they were chosen.
+
+    fit(index, settings) trains on the training images of the index; inputs: what the classifier
+    takes, images or features, for all of them. Several candidates are each fitted on nine tenths
+    and scored on the held-out tenth; the best, the first of equals, is fitted again on everything.
+    One that diverges has no accuracy, and loses. Raises UserError if no class has two images.
+    """
     labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
-        rest, held_out = validation_split(task)
-        part, accuracies = take(inputs, held_out), []
-        for candidate in candidates:
-            try:
-                scores = fit(rest, **candidate)(part)
-                check_finite("the scores are", scores, torch.float32, "learning_rate" in candidate)
-                accuracies.append(accuracy(scores, labels[held_out]))
-            except NotFinite as error:
-                accuracies.append(None)
-                log.warning(f"warning: one of {len(candidates)} candidates is left out: {error}")
-                failure = error
-        kept = [a for a in accuracies if a is not None]
-        if not kept:
-            raise NotFinite(f"no candidate of {len(candidates)} is left: {failure}")
-        chosen = candidates[accuracies.index(max(kept))]
-        tried = [{**c, "accuracy": a} for c, a in zip(candidates, accuracies, strict=True)]
+        remedy = "give more labels, or one finetune_learning_rate and weight decay and no logistic"
+        rest, held_out = hold_out(labels, VALIDATION_FRACTION, task.cfg.seed, remedy)
+        tried = []
+        for settings in candidates:
+            classifier = fit(rest, settings)
+            scores = classifier(select_images(inputs, held_out))
+            reached = None  # it has diverged
+            if features.is_finite(scores):
+                reached = features.accuracy(scores, labels[held_out])
+            tried.append({**settings, "accuracy": reached})
+        best = max(tried, key=lambda one: -1 if one["accuracy"] is None else one["accuracy"])
+        chosen = candidates[tried.index(best)]
         selection = {"chosen": chosen, "validation_images": len(held_out), "candidates": tried}
     everything = torch.arange(len(labels), device=labels.device)
-    return ProtocolResult(fit(everything, **chosen)(test_inputs), chosen, selection)
-
-
-def validation_split(task: EvaluationTask) -> tuple[Tensor, Tensor]:
-    """Indices of nine tenths of the labelled training images and of the held-out tenth."""
-    remedy = "give more labels, or one finetune_learning_rate and weight decay and no logistic"
-    return hold_out(task.train.labels, VALIDATION_FRACTION, task.seed, remedy)
+    return fit(everything, chosen), chosen, selection

@@ -1,193 +1,171 @@
-"""Scores and tables of an evaluation; results.json, results.md and predictions.csv."""
+"""The files of an evaluation: results.json, results.md, predictions.csv; tables. Without torch."""
 
 import csv
-import hashlib
 import io
 import json
-import re
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from config import BASELINES, Config, Execution, keys, may_change
+from system.errors import UserError
+from system.files import is_results, read_config, read_json, read_metrics, write_file
 
-from evaluation.classifiers import EvaluationTask
-from evaluation.features import accuracy, top_k_accuracy
-from evaluation.protocols import ProtocolResult
-from system.files import write_file
-
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+# Keys of the config that change no row. Of Execution data_dir does: with dataset=folder.
+FREE = {*keys(Execution), "protocols", "baselines", "runs", "checkpoint", "load_epoch", "predict"}
+SETTINGS = [key for key in keys(Config) if key == "data_dir" or key not in FREE]
+COLUMNS = ["file", "class", "probability"]  # of predictions.csv
 
 
-def score(result: ProtocolResult, labels: Tensor, seconds: float) -> dict[str, Any]:
-    """Score one protocol on one encoder with one seed by the labels (N,) of the test set.
+def open_results(out_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The content of results.json before the first protocol: `about`, and the rows that stay.
 
-    Confusion: (C, C), a row of counts for each true class. Top-5 accuracy only from ten classes
-    up, and not for kNN, whose votes rank few of them.
+    about: checkpoint, data and config of an evaluation. Rows of an earlier one of the same
+    checkpoint, data and settings stay. Raises UserError if a file that would be replaced was not
+    written by simclr_lin.py.
     """
-    classes = result.scores.shape[1]
-    confusion = torch.bincount(labels * classes + result.scores.argmax(dim=1), minlength=classes**2)
-    ranked = classes >= 10 and "k" not in result.settings
-    return {
-        "accuracy": accuracy(result.scores, labels),
-        "top5": top_k_accuracy(result.scores, labels, 5) if ranked else None,
-        "confusion": confusion.view(classes, classes),
-        "seconds": seconds,
-        "settings": result.settings,
-        "selection": result.selection,
-    }
+    path, results = results_path(out_dir, about), {**about, "protocols": []}
+    if not path.exists():
+        refuse_unless(not path.with_suffix(".md").exists(), path.with_suffix(".md"))
+        return results
+    refuse_unless(is_results(path), path)
+    earlier = read_json(path.read_bytes(), path)
+    return {**earlier, **about} if _identity(earlier) == _identity(about) else results
 
 
-def summarise(encoder: str, protocol: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row of results.json: mean and standard deviation (n - 1) of the runs (from `score`)."""
-    values = [run["accuracy"] for run in runs]
-    return {
+def _identity(results: dict[str, Any]) -> list[Any]:
+    """What two evaluations have in common if their rows may stand in one table."""
+    config = results.get("evaluation_config", {})
+    data = [results.get(key) for key in ("sha256", "training_images", "test_images", "classes")]
+    return data + [config.get(key) for key in SETTINGS]
+
+
+def results_path(out_dir: Path, about: dict[str, Any]) -> Path:
+    """results.json, or with few labels results_labels<…>.json."""
+    labels = about["labels"]
+    return out_dir / ("results.json" if labels is None else f"results_labels{labels}.json")
+
+
+def refuse_unless(ours: bool, path: Path) -> None:
+    """Raise UserError for a file of another program, which is never replaced."""
+    if not ours:
+        remedy = "move it away, or choose another run directory with hydra.run.dir=PATH"
+        raise UserError(f"{path} was not written by simclr_lin.py: {remedy}")
+
+
+def add_row(
+    results: dict[str, Any], encoder: str, protocol: str, runs: list[dict[str, Any]]
+) -> None:
+    """Add the row of a protocol, or replace it: mean and deviation of its runs, from `score`.
+
+    The deviation is that of a sample (n - 1), None for one run. The linear row of the checkpoint
+    brings the confusion matrix, summed over the runs, a row of counts for each true class.
+    """
+    accuracies = [run["accuracy"] for run in runs]
+    row = {
         "encoder": encoder,
         "protocol": protocol,
-        "accuracy": mean(values),
-        "std": stdev(values) if len(values) > 1 else None,
-        "n": len(values),
-        "accuracies": values,
+        "accuracy": mean(accuracies),
+        "std": stdev(accuracies) if len(runs) > 1 else None,
+        "n": len(runs),
+        "accuracies": accuracies,
         "top5": None if runs[0]["top5"] is None else mean(run["top5"] for run in runs),
         "seconds": mean(run["seconds"] for run in runs),
         "settings": runs[0]["settings"],
         "selections": [run["selection"] for run in runs if run["selection"]],
     }
+    rows = {(row["encoder"], row["protocol"]): row for row in [*results["protocols"], row]}
+    encoders = ["checkpoint", *BASELINES]
+    results["protocols"] = sorted(rows.values(), key=lambda row: encoders.index(row["encoder"]))
+    linear, knn = (rows.get(("checkpoint", name), {}) for name in ("linear", "knn"))
+    results["linear_acc"], results["linear_top5"] = linear.get("accuracy"), linear.get("top5")
+    results["knn_acc"] = knn.get("accuracy")
+    if row is linear:
+        confusion = sum(run["confusion"] for run in runs)
+        correct = (confusion.diagonal() / confusion.sum(dim=1)).tolist()
+        results["per_class_accuracy"] = dict(zip(results["classes"], correct, strict=True))
+        results["confusion"] = confusion.tolist()
 
 
-def per_class(runs: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
-    """The confusion matrix, summed over the runs, and the accuracy of each class in [0, 1]."""
-    if not runs:
-        return {}
-    confusion = sum(run["confusion"] for run in runs)
-    accuracies = (confusion.diagonal() / confusion.sum(dim=1)).tolist()
-    return {
-        "classes": classes,
-        "per_class_accuracy": dict(zip(classes, accuracies, strict=True)),
-        "confusion": confusion.tolist(),
-    }
+def write_results(out_dir: Path, results: dict[str, Any]) -> None:
+    """Write results.json and results.md, each atomically. Raises UserError if that fails."""
+    path = results_path(out_dir, results)
+    text = (
+        f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
+        f"{results['backbone']} on {results['dataset']}, {results['training_images']:,} labelled "
+        f"training images, {results['test_images']:,} test images. Test accuracy in %; mean ± "
+        "standard deviation over n seeds of the evaluation, from "
+        f"{results['evaluation_config']['seed']} up.\n\n{table(results)}\n"
+    )
+    write_file(path, (json.dumps(results, indent=2) + "\n").encode())
+    write_file(path.with_suffix(".md"), text.encode(errors="replace"))
 
 
-def headline(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The checkpoint's linear and kNN accuracy in [0, 1], from `summarise`; None: not evaluated."""
-    rows_by_name = {row["protocol"]: row for row in rows if row["encoder"] == "checkpoint"}
-    linear, knn = rows_by_name.get("linear", {}), rows_by_name.get("knn", {})
-    return {
-        "linear_acc": linear.get("accuracy"),
-        "linear_top5": linear.get("top5"),
-        "knn_acc": knn.get("accuracy"),
-    }
-
-
-def table(rows: list[dict[str, Any]], settings: bool) -> str:
+def table(results: dict[str, Any]) -> str:
     """The rows as a Markdown table, accuracies in %."""
-    head = ["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run"]
-    lines = [head + ["settings"] * settings]
-    for row in rows:
-        spread = f" ± {100 * row['std']:.2f}" if row["std"] is not None else ""
-        cells = [
-            row["encoder"],
-            row["protocol"].replace("_", " "),
-            f"{100 * row['accuracy']:.2f}{spread}",
-            str(row["n"]),
-            f"{100 * row['top5']:.2f}" if row["top5"] is not None else "",
-            f"{row['seconds']:.0f}",
-        ]
-        lines.append(cells + [_settings(row)] * settings)
+    lines = [["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run"]]
+    for row in results["protocols"]:
+        accuracy = percent(row["accuracy"])
+        if row["std"] is not None:
+            accuracy += f" ± {percent(row['std'])}"
+        protocol, seconds = row["protocol"].replace("_", " "), f"{row['seconds']:.0f}"
+        cells = [row["encoder"], protocol, accuracy, str(row["n"]), percent(row["top5"]), seconds]
+        lines.append(cells)
     return markdown(lines)
+
+
+def percent(accuracy: float | None) -> str:
+    """An accuracy in [0, 1] in %; nothing for None."""
+    return "" if accuracy is None else f"{100 * accuracy:.2f}"
 
 
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table with its header first, padded so that it reads well on a terminal."""
     lines = [[printable(cell).replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    lines.insert(1, ["-" * width for width in widths])
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
 def printable(text: str) -> str:
-    """Text of the user on one line, � for line breaks, control characters and undecodable bytes."""
-    return UNPRINTABLE.sub("�", text)
+    """Text of the user on one line: � for line breaks, control characters, undecodable bytes."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
-def _settings(row: dict[str, Any]) -> str:
-    if not row["selections"]:
-        return _words(row["settings"])
-    first = row["selections"][0]
-    fixed = _words({k: v for k, v in row["settings"].items() if k not in first["chosen"]})
-    chosen = dict.fromkeys(_words(selection["chosen"]) for selection in row["selections"])
-    return (
-        f"{fixed}{'; ' * bool(fixed)}{' or '.join(chosen)}, the best of "
-        f"{len(first['candidates'])} on {first['validation_images']:,} held-out training images"
-    )
-
-
-def _words(settings: dict[str, float]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
-
-
-def describe_source(
-    cfg: DictConfig, saved: dict[str, Any], checkpoint: Path, task: EvaluationTask
-) -> dict[str, Any]:
-    """What was evaluated on what: checkpoint, data and settings, for results.json."""
-    return {
-        "checkpoint": str(checkpoint),
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-        "epoch": saved["epoch"],
-        "backbone": saved["config"]["backbone"],
-        "dataset": cfg.dataset,
-        "labels": cfg.labels,
-        "training_images": len(task.train.images),
-        "test_images": len(task.test_images),
-        "precision": str(task.dtype).removeprefix("torch."),
-        "config": saved["config"],
-        "evaluation_config": OmegaConf.to_container(cfg),
-    }
-
-
-def write_results(
-    out_dir: Path,
-    about: dict[str, Any],
-    scored: dict[tuple[str, str], list[dict[str, Any]]],
-    classes: list[str],
-) -> dict[str, Any]:
-    """Write what is scored so far to results.json and results.md; returns the content of the first.
-
-    about: from `describe_source`; scored: the runs (from `score`) of each
-    encoder and protocol. The names are results_labels<…> for few labels. Each file is replaced
-    atomically. Raises UserError if that fails.
-    """
-    rows = [summarise(*key, runs) for key, runs in scored.items()]
-    linear = per_class(scored.get(("checkpoint", "linear"), []), classes)
-    results = {**headline(rows), **about, "protocols": rows, **linear}
-    labels, cfg = results["labels"], results["evaluation_config"]
-    text = (
-        f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
-        f"{results['backbone']} on {results['dataset']}, {results['training_images']:,} labelled "
-        f"training images, {results['test_images']:,} test images. Test accuracy in %; mean ± "
-        f"standard deviation over n seeds of the evaluation, from {cfg['seed']} up.\n\n"
-    )
-    name = "results" if labels is None else f"results_labels{labels}"
-    for suffix, content in (
-        (".json", json.dumps(results, indent=2) + "\n"),
-        (".md", text + table(rows, settings=True) + "\n"),
-    ):
-        write_file(out_dir / (name + suffix), content.encode(errors="replace"))
-    return results
+def check_predictions(out_dir: Path) -> Path:
+    """The path of predictions.csv. Raises UserError if a file with other columns is there."""
+    path = out_dir / "predictions.csv"
+    ours = not path.exists() or path.read_bytes().splitlines()[:1] == [",".join(COLUMNS).encode()]
+    refuse_unless(ours, path)
+    return path
 
 
 def write_predictions(
-    out_dir: Path, files: list[Path], classes: list[str], probabilities: list[float]
-) -> Path:
-    """Write predictions.csv: path, predicted class and its probability; returns its path."""
+    path: Path, files: list[Path], classes: list[str], probabilities: list[float]
+) -> None:
+    """Write predictions.csv: the path of each file, its predicted class and the probability."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["file", "class", "probability"])
+    writer.writerow(COLUMNS)
     for file, name, probability in zip(files, classes, probabilities, strict=True):
         writer.writerow([file, name, f"{probability:.4f}"])
-    path = out_dir / "predictions.csv"
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
-    return path
+
+
+def read_runs(runs: list[Path]) -> dict[Path, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Config and metrics of run directories; one that cannot be read is named on stderr."""
+    found = {}
+    for run in runs:
+        try:
+            found[run] = read_config(run), read_metrics(run)
+        except UserError as error:
+            print(f"left out {run}: {error}", file=sys.stderr)
+    return found
+
+
+def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
+    """The keys in which the configs of runs differ, but those that may change within a run."""
+    every = dict.fromkeys(key for config in configs for key in config if key not in may_change())
+    return [key for key in every if len({str(config.get(key)) for config in configs}) > 1]

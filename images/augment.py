@@ -7,9 +7,12 @@ operations and the distributions of their parameters are torchvision's; the test
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from config import Views
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in torchvision
@@ -17,29 +20,32 @@ CROP_TRIES = 10  # draws of a box before torchvision falls back to a centre crop
 
 # Which rows of `draw` each operation uses.
 BOX, FLIP, JITTER, GRAY, HUE_PLACE = slice(0, 22), 22, slice(23, 31), 31, slice(32, 36)
-BLUR = slice(36, 38)  # rows that are drawn for it alone
+BLUR = slice(36, 38)
+ROWS = 38
+
+# The first part of the key of a random stream: what its numbers are for.
+VIEWS, CROPS, ORDER = range(3)
 
 
-def draw(n: int, generator: torch.Generator, blur: bool = False) -> Tensor:
-    """Random numbers for n views: (36, n), uniform in [0, 1), on the generator's device.
+def draw(n: int, seed: int, step: int, stream: int = VIEWS) -> Tensor:
+    """Random numbers for n views: (38, n), float32, uniform in [0, 1), on the CPU.
 
-    With `blur` (38, n), what `random_views` needs for a blur_probability above 0. Without it no
-    number more is drawn: the random numbers of a run are those from before there was a blur.
+    A pure function of its arguments: a resumed run draws what it would have drawn. Two keys
+    (stream, seed, step), neighbours too, share no random number (numpy's SeedSequence mixes them).
     """
-    rows = (BLUR if blur else HUE_PLACE).stop
-    return torch.rand((rows, n), device=generator.device, generator=generator)
+    rng = np.random.default_rng((stream, seed, step))
+    return torch.from_numpy(rng.random((ROWS, n), dtype=np.float32))
 
 
-def random_views(
-    images: Tensor,
-    u: Tensor,
-    size: int,
-    crop_scale: tuple[float, float],
-    flip_probability: float,
-    color_strength: float,
-    grayscale_probability: float,
-    blur_probability: float = 0.0,
-) -> Tensor:
+def shuffle(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n images in an epoch: a permutation (n,), int64, on the CPU.
+
+    A pure function of its arguments, like `draw`.
+    """
+    return torch.from_numpy(np.random.default_rng((ORDER, seed, epoch)).permutation(n))
+
+
+def random_views(images: Tensor, u: Tensor, size: int, cfg: Views) -> Tensor:
     """One random view of every image: crop, resize, flip, colour jitter, grayscale, blur (App. A).
 
     images: (N, 3, H, W), uint8 or float in [0, 1]; u: from `draw`, N columns, on the same device.
@@ -55,31 +61,27 @@ def random_views(
     for hue_place, group in enumerate(rows):
         chosen = group.clamp(max=n - 1)  # padding: copies of the last, dropped below
         own = u[:, chosen]
-        x = random_crop_flip(images[chosen], own, size, crop_scale, flip_probability)
-        x = random_color_jitter(x, own[JITTER], hue_place, color_strength)
-        keep = (own[GRAY] >= grayscale_probability).float().view(-1, 1, 1, 1)
+        x = random_crop_flip(images[chosen], own, size, cfg)
+        x = random_color_jitter(x, own[JITTER], hue_place, cfg.color_strength)
+        keep = (own[GRAY] >= cfg.grayscale_probability).float().view(-1, 1, 1, 1)
         x = torch.lerp(grayscale(x), x, keep)
-        views[group] = random_blur(x, own[BLUR], blur_probability) if blur_probability > 0 else x
+        if cfg.blur_probability > 0:
+            x = random_blur(x, own[BLUR], cfg.blur_probability)
+        views[group] = x
     return views[:n]
 
 
-def random_crop_flip(
-    images: Tensor,
-    u: Tensor,
-    size: int,
-    crop_scale: tuple[float, float],
-    flip_probability: float,
-) -> Tensor:
+def random_crop_flip(images: Tensor, u: Tensor, size: int, cfg: Views) -> Tensor:
     """Random resized crop and horizontal flip, as linear evaluation uses in training.
 
     Shapes and types as for `random_views`.
     """
-    boxes = sample_boxes(images.shape, u[BOX], crop_scale)
-    return crop_flip(images, boxes, u[FLIP] < flip_probability, size)
+    boxes = sample_boxes(images.shape, u[BOX], cfg.crop_scale)
+    return crop_flip(images, boxes, u[FLIP] < cfg.flip_probability, size)
 
 
 def sample_boxes(
-    shape: torch.Size, u: Tensor, crop_scale: tuple[float, float]
+    shape: torch.Size, u: Tensor, crop_scale: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample crop boxes (top, left, height, width), each (N,) int64, as RandomResizedCrop does.
 

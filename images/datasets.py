@@ -6,11 +6,11 @@ that training needs neither PIL nor loader processes.
 
 import hashlib
 import os
-import tarfile
+from collections.abc import Iterator
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.error import URLError
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,18 +18,62 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, VisionDataset
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from images.decode import decode
-from images.folder import find_images, list_folder, name_few, name_others
-from images.host import Images, place
-from system.errors import ConfigError, UserError
+from config import Config, ConfigError
+from images.folder import LEFT_OUT, decode_files, list_images, remark_left_out
+from system.device import to_device
+from system.errors import UserError
 from system.files import locked
 
-DATASETS = ("cifar10", "cifar100", "stl10", "digits", "folder")
-UNFETCHED = (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError)  # by torchvision
 DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
+
+
+class HostImages:
+    """Images (N, 3, H, W), uint8, in host memory, read like a tensor on `device`."""
+
+    def __init__(self, images: Tensor, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self.shape, self.nbytes = images.shape, images.nbytes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """A copy of the images at the index, on the device."""
+        return to_device(self.images[index.cpu()], self.device)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Batches of `size` images, in order."""
+        return (self[index] for index in torch.arange(len(self)).split(size))
+
+
+Images: TypeAlias = Tensor | HostImages
+
+
+def move_images(images: Tensor, device: torch.device) -> Images:
+    """Images (N, 3, H, W), uint8, on the device.
+
+    In host memory if they take over half of a GPU's free memory: weights and activations need some.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + unused) / 2:
+            return HostImages(images, device)
+    return images.to(device)
+
+
+def select_images(images: Images, index: Tensor) -> Images:
+    """The images at an index; those from host memory on the device if they fit there."""
+    if isinstance(images, HostImages):
+        return move_images(images.images[index.cpu()], images.device)
+    return images[index]
+
+
+def describe_images(images: Images, dataset: str) -> str:
+    """Number, size and where they are: `50,000 images of cifar10 (153.6 MB on cuda)`."""
+    where = "in host memory" if isinstance(images, HostImages) else f"on {images.device}"
+    return f"{len(images):,} images of {dataset} ({images.nbytes / 1e6:,.1f} MB {where})"
 
 
 class Split(NamedTuple):
@@ -38,30 +82,56 @@ class Split(NamedTuple):
     images: Images  # (N, 3, H, W), uint8
     labels: Tensor  # (N,), int64 in [0, len(classes)); -1 where the split has no labels
     classes: list[str]  # none if the dataset has no labels at all
-    remarks: tuple[str, ...] = ()  # what to tell once the split is used: files left out, no kNN
+    remarks: tuple[str, ...] = ()  # for the log: files left out, no kNN
 
     def to(self, device: torch.device) -> "Split":
-        """The same split on `device`; its images in host memory if they do not fit there."""
-        images, labels = place(self.images, device), self.labels.to(device)
+        """The same split on the device, but for images that do not fit there."""
+        images, labels = move_images(self.images, device), self.labels.to(device)
         return self._replace(images=images, labels=labels)
 
 
-def load_split(dataset: str, data_dir: str, split: str, image_size: int, workers: int = 1) -> Split:
-    """The `split` of `dataset`: "pretrain", "train" or "test".
+class Probe(NamedTuple):
+    """The data of kNN in pretraining."""
 
-    "pretrain" is the unlabelled split of STL-10 and the same as "train" elsewhere, but for images
-    of `folder` that lie in no class folder: without labels in "pretrain", refused in the others.
-    No split shares an image with "test". Images keep their own size, except that those of `folder`
-    are resized to (image_size, image_size) here. Nothing is written but the download to `data_dir`.
-    Raises UserError, with the file and the remedy, if data is missing or damaged.
+    split: Split  # labelled training images
+    bank: Tensor  # indices of the images whose labels vote
+    queries: Tensor  # indices of the images that are classified
+
+
+def load_pretraining(
+    cfg: Config, device: torch.device
+) -> tuple[Images, str, Probe | None, tuple[str, ...]]:
+    """Training images for the device, their fingerprint (shape and SHA-256), a probe, and remarks.
+
+    The probe's queries are the same stratified tenth in every run, held out of the bank, not of
+    pretraining; there is none without classes. Raises ConfigError if batch_size is too large.
     """
-    if split not in ("pretrain", "train", "test"):
-        raise ValueError(f"unknown split {split!r}: choose one of pretrain, train, test")
-    if dataset == "digits":
-        return _digits(split)
-    if dataset == "folder":
-        return _folder(Path(os.path.expanduser(data_dir)), split, image_size, workers)
-    return _download(dataset, data_dir, split)
+    split = load_split(cfg, "pretrain")
+    if cfg.batch_size > len(split.images):
+        allowed = f"at most {len(split.images)}, the number of training images"
+        raise ConfigError(f"batch_size={cfg.batch_size}: must be {allowed}")
+    digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
+    fingerprint = f"{tuple(split.images.shape)} {digest}"
+    split, probe = split.to(device), None
+    if cfg.knn_interval > 0 and len(split.classes) > 1:
+        unlabelled = split.labels.min() < 0  # STL-10
+        labelled = load_split(cfg, "train").to(device) if unlabelled else split
+        remedy = "knn_interval=0 leaves kNN out"
+        bank, queries = hold_out(labelled.labels, 0.1, seed=0, remedy=remedy)
+        probe = Probe(labelled, bank, queries)
+    return split.images, fingerprint, probe, split.remarks
+
+
+def load_split(cfg: Config, split: str) -> Split:
+    """The `split` of cfg.dataset: "pretrain", "train" or "test".
+
+    "pretrain" is the unlabelled split of STL-10, and "train" elsewhere. Images keep their size, but
+    those of `folder`, which are resized to cfg.image_size. Nothing is written but the download to
+    data_dir. Raises UserError if data is missing or damaged.
+    """
+    if cfg.dataset == "digits":
+        return _load_digits(split)
+    return _load_folder(cfg, split) if cfg.dataset == "folder" else _load_download(cfg, split)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -84,10 +154,8 @@ def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
         members = (labels == label).nonzero()[:, 0].cpu()
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            raise UserError(
-                f"{count} images of each class are too many: class number {label} has "
-                f"{len(members)} training images"
-            )
+            found = f"class number {label} has {len(members)} training images"
+            raise UserError(f"{count} images of each class are too many: {found}")
         parts.append(members[torch.randperm(len(members), generator=rng)[:count]])
     return torch.cat(parts).sort().values.to(labels.device)
 
@@ -107,124 +175,73 @@ def hold_out(labels: Tensor, fraction: float, seed: int, remedy: str) -> tuple[T
     return rest.nonzero()[:, 0], held_out
 
 
-def load_pretraining(
-    dataset: str, data_dir: str, image_size: int, workers: int, device: torch.device, knn: bool
-) -> tuple[Images, str, tuple[Split, Tensor, Tensor] | None, tuple[str, ...]]:
-    """Training images for the device, their fingerprint (shape and SHA-256), data for kNN, remarks.
-
-    The third is, if `knn`, the labelled training images and the indices of bank and queries. The
-    queries are the same stratified tenth in every run, held out of the bank, not of pretraining.
-    For STL-10, whose pretraining images are unlabelled, its "train" split is loaded for it; a
-    folder with fewer than two classes has no kNN.
-    """
-    split = load_split(dataset, data_dir, "pretrain", image_size, workers)
-    digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
-    split = split.to(device)
-    images, fingerprint = split.images, f"{(*split.images.shape,)} {digest}"
-    remarks = split.remarks
-    if not knn or len(split.classes) < 2:
-        return images, fingerprint, None, remarks
-    if split.labels.min() < 0:
-        split = load_split(dataset, data_dir, "train", image_size).to(device)
-    held_out = hold_out(split.labels, 0.1, seed=0, remedy="knn_interval=0 leaves kNN out")
-    return images, fingerprint, (split, *held_out), remarks
-
-
-def check_batch_size(batch_size: int, images: int) -> None:
-    """Raise UserError if there are fewer than two images, ConfigError if fewer than a batch."""
-    if images < 2:
-        raise UserError(f"there is {images} training image: a batch takes two or more, add some")
-    if batch_size > images:
-        raise ConfigError(
-            f"batch_size={batch_size}: must be an integer from 2 to {images}, the number of "
-            "training images"
-        )
-
-
-def _digits(split: str) -> Split:
+def _load_digits(split: str) -> Split:
     """scikit-learn's 1,797 digits of 8×8 pixels; a fixed fifth of each class is the test set."""
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)  # 0 to 16
-    images = images[:, None].repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
-    )
-    index = torch.from_numpy(np.sort(test if split == "test" else train))
-    return Split(images[index], labels[index], [str(name) for name in digits.target_names])
+    rows, labels = np.arange(len(images)), digits.target
+    train, test = train_test_split(rows, test_size=0.2, stratify=labels, random_state=0)
+    index = np.sort(test if split == "test" else train)
+    classes = [str(name) for name in digits.target_names]
+    return Split(images[index, None].repeat(1, 3, 1, 1), torch.from_numpy(labels[index]), classes)
 
 
-def _download(dataset: str, data_dir: str, split: str) -> Split:
-    """CIFAR or STL-10, downloaded, verified by checksum and unpacked by torchvision.
+def _load_download(cfg: Config, split: str) -> Split:
+    """CIFAR or STL-10, downloaded, verified by MD5 and unpacked by torchvision.
 
-    One process at a time downloads and unpacks; others wait for it, and use what is there then.
+    One process at a time downloads; the others wait for it, and use what is there then.
     """
-    source, data_dir = DOWNLOADS[dataset], os.path.expanduser(data_dir)
-    part = {"pretrain": "unlabeled"}.get(split, split)
-    which = {"split": part} if dataset == "stl10" else {"train": split != "test"}
+    source = DOWNLOADS[cfg.dataset]
+    which = {"train": split != "test"}
+    if source is STL10:
+        which = {"split": "unlabeled" if split == "pretrain" else split}
+    load = partial(source, cfg.data_dir, **which)
     try:
-        found = source(data_dir, **which)
-    except RuntimeError:  # not there, or not complete
-        found = _fetch(source, data_dir, which)
-    images = found.data if dataset == "stl10" else found.data.transpose(0, 3, 1, 2)
-    labels = found.labels if dataset == "stl10" else found.targets
-    labels = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        found = load()
+    except RuntimeError:  # torchvision's for data that is missing or incomplete
+        try:
+            os.makedirs(cfg.data_dir, exist_ok=True)
+            with locked(Path(cfg.data_dir), "download", wait=True):
+                found = load(download=True)
+        except (OSError, HTTPException, RuntimeError) as error:
+            remedy = f"put {source.filename} into {cfg.data_dir}, or take dataset=digits"
+            raise UserError(f"{source.url} cannot be fetched ({error}): {remedy}") from None
+    images = found.data if source is STL10 else found.data.transpose(0, 3, 1, 2)
+    labels = torch.tensor(found.labels if source is STL10 else found.targets, dtype=torch.int64)
     return Split(torch.from_numpy(np.ascontiguousarray(images)), labels, list(found.classes))
 
 
-def _fetch(source: type, data_dir: str, which: dict[str, Any]) -> VisionDataset:
-    """Download and unpack one of DOWNLOADS; an archive gets its name once it is complete."""
-    if hasattr(tarfile, "data_filter"):  # PEP 706: no member, no link leads out of data_dir
-        tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    archive, part = Path(data_dir) / source.filename, f".{source.filename}.part"
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    wait = f"waits for another process, which fetches {source.filename} into {data_dir}"
-    try:
-        with locked(archive.parent, "download", wait=wait):
-            if archive.exists() and not check_integrity(str(archive), source.tgz_md5):
-                raise UserError(
-                    f"{archive} is damaged or incomplete (its MD5 is not {source.tgz_md5}): "
-                    f"delete it to download it again, or replace it with {source.url}"
-                )
-            if not archive.exists():
-                download_url(source.url, data_dir, part, source.tgz_md5)
-                archive.with_name(part).replace(archive)
-            return source(data_dir, download=True, **which)
-    except UNFETCHED as error:
-        raise UserError(
-            f"could not fetch {source.url} ({error}): put {source.filename} into {data_dir} "
-            "yourself; dataset=digits needs no download"
-        ) from None
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}): delete it") from None
-
-
-def _folder(data_dir: Path, split: str, image_size: int, workers: int) -> Split:
+def _load_folder(cfg: Config, split: str) -> Split:
     """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name.
 
     "pretrain" is all images below data_dir/train, without labels, if one lies directly in it.
     """
-    root = data_dir / ("test" if split == "test" else "train")
-    classes, loose, others = list_folder(root, data_dir)
-    unsorted = f"{root} has images in no class folder ({name_few(loose)})"
-    if loose and split != "pretrain":
-        raise UserError(
-            f"{unsorted}: labels are needed, each image in data_dir/train/<class>/ or "
-            "data_dir/test/<class>/"
-        )
-    expected = list_folder(data_dir / "train", data_dir).classes if split == "test" else classes
-    if classes != expected:
-        raise UserError(
-            f"{root} must have the classes of {root.with_name('train')}: "
-            f"only one of them has {', '.join(sorted(set(classes) ^ set(expected)))}"
-        )
-    found, left_out = find_images([root] if loose else [root / name for name in classes], data_dir)
-    labels = [-1 if loose else label for label, files in enumerate(found) for _ in files]
-    images = decode([file for files in found for file in files], image_size, workers)
-    remarks = [*name_others(root, {*others, *left_out})]
-    if loose:
-        remarks.append(f"{unsorted}: all below it are taken without labels, so there is no kNN")
-    elif split == "pretrain" and len(classes) == 1:
-        only = name_few([root / classes[0]])
-        remarks.append(f"{root} has one class, {only}, so there is no kNN")
-    return Split(images, torch.tensor(labels), [] if loose else classes, tuple(remarks))
+    root = Path(cfg.data_dir, "test" if split == "test" else "train")
+    files, left_out = list_images(root)
+    if not files:
+        raise UserError(f"{root} has no image: put each into {root}/<class>/")
+    names, labels = np.unique(_class_names(root, files), return_inverse=True)
+    classes, labels = names.tolist(), torch.from_numpy(labels)
+    if split != "pretrain" and "" in classes:
+        raise UserError(f"{root} has images without labels: put each into {root}/<class>/")
+    folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+    empty = [name for name in folders - set(classes) if not name.startswith(LEFT_OUT)]
+    if empty and "" not in classes:
+        raise UserError(f"{root} has folders without an image, {sorted(empty)}: remove them")
+    if split == "test":
+        train = root.with_name("train")
+        differ = set(classes) ^ set(_class_names(train, list_images(train)[0]))
+        if differ:
+            raise UserError(f"{root} must have the classes of {train}: one lacks {sorted(differ)}")
+    remarks = remark_left_out(root, left_out)
+    if "" in classes:
+        classes, labels = [], torch.full_like(labels, -1)
+    if split == "pretrain" and len(classes) < 2:
+        reason = "one class" if classes else "images in no class folder, so no labels"
+        remarks += (f"no kNN, since {root} has {reason}",)
+    return Split(decode_files(files, cfg.image_size, cfg.workers), labels, classes, remarks)
+
+
+def _class_names(root: Path, files: list[Path]) -> list[str]:
+    """The name of each image's class folder; empty for an image directly in `root`."""
+    return ["" if path.parent == root else path.relative_to(root).parts[0] for path in files]

@@ -1,147 +1,100 @@
-"""Folders of image files: read once, never written; symbolic links that leave are refused."""
+"""Folders of image files, decoded to uint8 RGB pixels of one size. Nothing is written to them."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+import re
+import warnings
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from images.decode import decode, refuse
 from system.errors import UserError
 
-# Folders that archives, file servers and operating systems make, in lower case.
-LITTER = {
-    *("__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "$recycle.bin"),
-    *("recycler", "system volume information", "found.000", "lost+found", "lost.dir"),
-    *("temporary items", "network trash folder", "__pycache__"),
-}
-UNREAD = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows by name alone
+LEFT_OUT = (".", "@", "#", "__")  # how names of hidden files and of other programs' folders begin
+# Formats that Pillow names or writes, but does not decode; for EPS it would run Ghostscript.
+UNREAD = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF")
+SUFFIXES = tuple(s for s, name in Image.registered_extensions().items() if name not in UNREAD)
+FORMATS = [name for name in Image.ID if name not in UNREAD]
 
 
-class Listing(NamedTuple):
-    """What is visible directly in a folder, sorted."""
+def list_images(folder: Path, follow: bool = True) -> tuple[list[Path], int]:
+    """The images in and below a folder, sorted, and the number of files and folders left out.
 
-    classes: list[str]  # names of the folders, one for each class
-    images: list[Path]  # images that lie in no class folder
-    others: list[Path]  # what is left out: all other files, and folders named in LITTER
-
-
-def list_folder(root: Path, within: Path) -> Listing:
-    """What is visible directly in `root`.
-
-    Raises UserError if that is neither folder nor image, and for a folder that is a link out of
-    `within`.
+    Links to folders are followed directly in the folder, and left out below it: no loop is read.
     """
-    problems: dict[str, str] = {}
-    classes, images, others = next(_visible(root, problems), ([], [], []))
-    if problems:
-        raise UserError(
-            f"{''.join(problems)}: dataset=folder needs images in data_dir/train/, and for labels "
-            "in data_dir/train/<class>/ and data_dir/test/<class>/"
-        )
-    refuse(_wrong_links([root, *classes], within, to_folders=True))
-    if not classes and not images:
-        what = f"{root} has no image{_but(others)}"
-        raise UserError(f"{what}: add some, for labels in {root}/<class>/")
-    return Listing([path.name for path in classes], images, others)
-
-
-def name_few(files: list[Path], root: Path | None = None) -> str:
-    """The first three names, or paths from `root`, and how many files there are besides.
-
-    In one line, with escapes for what is not UTF-8 in names, which no log takes.
-    """
-    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
-    names = (path.relative_to(root).as_posix() if root else path.name for path in files[:3])
-    line = ", ".join(names).encode(errors="backslashreplace").decode()
-    return " ".join(line.split()) + more
-
-
-def name_others(root: Path, others: Iterable[Path]) -> Iterator[str]:
-    """A remark about what was left out of `root`, if anything: the first names and the number."""
-    if others:
-        names = name_few(sorted(others), root)
-        yield f"left out of {root}, no images by their extension or of other programs: {names}"
+    images, left_out = [], 0
+    for entry in os.scandir(folder):
+        hidden = entry.name.startswith(LEFT_OUT)
+        if entry.is_dir() and not hidden and (follow or not entry.is_symlink()):
+            inside, number = list_images(Path(entry.path), follow=False)
+            images += inside
+            left_out += number
+        elif entry.is_dir() or hidden or not entry.name.lower().endswith(SUFFIXES):
+            left_out += 1
+        else:
+            images.append(Path(entry.path))
+    return sorted(images), left_out
 
 
 def load_images(
-    folder: Path, image_size: int, workers: int, within: Path | None = None
+    folder: Path, image_size: int, workers: int
 ) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    """All images below a folder: sorted paths, (N, 3, image_size, image_size) uint8, and remarks.
+    """All images in and below a folder: sorted paths, uint8 (N, 3, S, S) of size S, and remarks.
 
-    The remarks say what was left out. Raises UserError as `find_images` and `decode`.
+    Raises UserError if there is none, or for all files together that `decode_file` refuses.
     """
-    [files], others = find_images([folder], within)
-    images = decode(files, image_size, workers)
-    return files, images, tuple(name_others(folder, others))
+    files, left_out = list_images(folder)
+    if not files:
+        raise UserError(f"{folder} has no image")
+    return files, decode_files(files, image_size, workers), remark_left_out(folder, left_out)
 
 
-def find_images(
-    folders: Sequence[Path], within: Path | None = None
-) -> tuple[list[list[Path]], list[Path]]:
-    """The sorted images below each folder, as deep as it goes, and what is left out of them all.
+def remark_left_out(folder: Path, number: int) -> tuple[str, ...]:
+    """A remark on the number of files and folders that were left out, if any."""
+    reason = "hidden, @…, #…, __…, no image by the extension, or links to folders"
+    return (f"left out of {folder}: {number:,} files or folders ({reason})",) if number else ()
 
-    Raises UserError, for all folders together, if one has no image or cannot be read, and for links
-    to folders, to nothing or out of `within` (None: out of the folder).
+
+def decode_files(files: list[Path], image_size: int, workers: int) -> Tensor:
+    """The images, uint8 (N, 3, image_size, image_size), decoded by so many threads.
+
+    Raises UserError, for all files together, if `decode_file` fails.
     """
-    found, others, problems = [], [], {}
-    for folder in folders:
-        images, left_out, wrong = [], [], {}
-        for below, shown, more in _visible(folder, wrong):
-            wrong |= _wrong_links(below + shown, within or folder)
-            images += shown
-            left_out += more
-        if not images and not wrong:
-            wrong[f"{folder} has no image{_but(left_out)}"] = "add some, or leave the folder out"
-        found.append(sorted(images))
-        others += left_out
-        problems |= wrong
-    refuse(problems)
-    return found, others
+    images = np.empty((len(files), 3, image_size, image_size), np.uint8)
+
+    def decode_one(n: int) -> str | None:
+        try:
+            images[n] = decode_file(files[n], image_size)
+        except Exception as error:  # each of Pillow's decoders raises what it likes
+            return f"{files[n]} ({error or type(error).__name__})"
+
+    with warnings.catch_warnings(), ThreadPool(workers) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 90 million pixels
+        problems = [problem for problem in pool.map(decode_one, range(len(files))) if problem]
+    if problems:
+        first = "; ".join(problems[:10])
+        raise UserError(f"{len(problems):,} images cannot be read, mend or remove them: {first}")
+    return torch.from_numpy(images)
 
 
-def _visible(
-    folder: Path, problems: dict[str, str]
-) -> Iterator[tuple[list[Path], list[Path], list[Path]]]:
-    """Folders, images and others, sorted, directly in the folder and then in each one below it.
+def decode_file(path: Path, size: int) -> np.ndarray:
+    """Decode an image of any size to uint8 (3, size, size): upright, RGB, on white.
 
-    Hidden ones are none of them; litter is one of the others. `problems` gets what cannot be read.
+    The shorter side is resized to `size` and the centre is cropped. Raises ValueError for several
+    frames (MPO: a photo with previews) and for more than 8 bits, which Pillow would clip or cut.
     """
-
-    def unreadable(error: OSError) -> None:
-        problems[f"{error.filename} cannot be read ({error.strerror})"] = "make it readable"
-
-    for directory, folders, names in os.walk(folder, onerror=unreadable):
-        litter = [name for name in folders if name.casefold() in LITTER]
-        folders[:] = sorted(name for name in folders if name[0] != "." and name not in litter)
-        files = sorted(name for name in litter + names if name[0] != ".")
-        images = [name for name in files if name.lower().endswith(_extensions())]
-        others = [name for name in files if not name.lower().endswith(_extensions())]
-        yield tuple([Path(directory, name) for name in some] for some in (folders, images, others))
-
-
-def _but(others: list[Path]) -> str:
-    return f" but {name_few(others)}" if others else ""
-
-
-@cache
-def _extensions() -> tuple[str, ...]:
-    """Those of the formats that Pillow reads; MPO, of cameras, it opens as JPEG."""
-    formats = Image.registered_extensions()  # this loads them
-    read = {*Image.OPEN, "MPO"} - UNREAD
-    return tuple(extension for extension, name in formats.items() if name in read)
-
-
-def _wrong_links(paths: list[Path], within: Path, to_folders: bool = False) -> dict[str, str]:
-    """Problems: symbolic links out of `within`, to nothing, or to folders unless those may be."""
-    problems = []
-    for path in filter(Path.is_symlink, paths):
-        target = Path(os.path.realpath(path))
-        if not target.exists() or not target.is_relative_to(os.path.realpath(within)):
-            problems.append(f"{path} is a link out of {within}, or to nothing")
-        elif target.is_dir() and not to_folders:
-            problems.append(f"{path} is a link to a folder, not followed")
-    return dict.fromkeys(problems, "copy what is meant")
+    with Image.open(path, formats=FORMATS) as file:
+        if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:
+            raise ValueError(f"{file.n_frames} frames")
+        bits = getattr(file, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())  # of TIFF
+        if file.mode[0] in "IF" or 16 in bits or re.search(";16[BLN]", str(file.tile)):
+            raise ValueError("more than 8 bits: convert it to 8")
+        image = ImageOps.exif_transpose(file)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(fitted).transpose(2, 0, 1)

@@ -1,116 +1,192 @@
-"""The command line, which Hydra reads: paths as typed, refusals in one line, and Python 3.14."""
+"""The command line, which Hydra reads: the config, run directories, sweeps and refusals."""
 
 import difflib
+import hashlib
+import logging
 import os
 import re
 import sys
 from argparse import Action, ArgumentParser
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import ConfigCompositionException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 
-from system.errors import ConfigError, UserError, one_line_errors
-from system.sweeps import listing_failures
+from config import Config, ConfigError, keys, may_change
+from system.errors import describe, error_boundary
 
-# Keys whose value is a path, which may have characters of Hydra's grammar.
-PATH_KEYS = ("data_dir", "init", "checkpoint", "predict", "hydra.run.dir", "hydra.sweep.dir")
+log = logging.getLogger("simclr")
+
+CONFIG_FILE = Path(__file__).parents[1] / "simclr_config.yml"
+LONGEST = 120  # characters of a directory's name; file systems allow 143 (eCryptfs) to 255 bytes
 
 
-def run_command(main: Callable[[], Any], keys: Iterable[str]) -> None:
-    """Run a script's main function under Hydra; what Hydra refuses is one line too."""
+def register_config() -> None:
+    """Register simclr_config.yml with Hydra under the name `simclr_config`.
+
+    Hydra 1.2 and later look for `.yaml` only; a node in the ConfigStore is found whatever its
+    file is called. `Config` gives the types. Each of the file's `recipes` becomes a choice of the
+    config group `recipe`, whose values replace those of the file; the command line comes last.
+    `per_256` and `times_root` are the linear and the square-root scaling rule of the learning rate
+    (App. B.1), which OmegaConf, having no arithmetic, cannot write itself.
+    Raises the errors of OmegaConf and PyYAML for a damaged file.
+    """
+    resolvers = {
+        "per_256": lambda base, batch_size: base * batch_size / 256,
+        "times_root": lambda base, batch_size: base * batch_size**0.5,
+        "directory_name": directory_name,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+    with open(CONFIG_FILE, encoding="utf-8", errors="replace") as file:  # a comment in Latin-1
+        config = OmegaConf.load(file)
+    store = ConfigStore.instance()
+    for name, values in (config.pop("recipes") or {}).items():
+        # merge does not resolve: a learning rate follows the batch size that is composed in the end
+        node = OmegaConf.merge({"recipe": name}, OmegaConf.create(values or {}))
+        store.store(group="recipe", name=str(name), node=node, package="_global_")
+    store.store(group="hydra/job_logging", name="simclr", node=config.hydra.pop("job_logging"))
+    store.store(name="schema", node=Config)
+    store.store(name="simclr_config", node=config)
+    _skip_check_of_lazy_help()
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """The composed config as a `Config`, with every value resolved and checked.
+
+    Raises ConfigError; OmegaConf's own errors for an interpolation that leads nowhere.
+    """
+    for key in cfg:  # Hydra refuses an unknown key itself, unless it is added with +key=value
+        if key not in keys(Config) and key != "hydra":
+            raise ConfigError(_no_such_key(str(key)))
+    values = OmegaConf.masked_copy(cfg, keys(Config))  # without Hydra's own
+    if missing := [key for key in keys(Config) if key not in values]:  # such as by ~key
+        raise ConfigError(f"{missing[0]}: must have a value")
+    return Config(**OmegaConf.to_container(values, resolve=True, throw_on_missing=True))
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run a script's main function under Hydra, with each error of the user in one line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, where it would print several lines
-    sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & {*sys.argv})
-    sys.argv[1:] = (quote_path(argument, sweep) for argument in sys.argv[1:])
-    with one_line_errors(), listing_failures(), refusals(keys, sys.argv[1:]):
-        main()
+    logging.raiseExceptions = False  # a line that cannot be written is dropped
+    with error_boundary():
+        for n, argument in enumerate(sys.argv[1:], 1):
+            sys.argv[n] = re.sub(r"^([^=]+=['\"]?)(~[^/'\"]*)", _expand_home, argument)
+            if argument.startswith("recipe=["):  # Hydra would mix them under the name of the last
+                raise ConfigError(f"{argument}: must be the name of one recipe")
+        register_config()
+        try:
+            main()
+        except ConfigCompositionException as error:
+            key = re.match(r"Could not override '([^']+)'", str(error))
+            if key is None:
+                raise
+            raise ConfigError(_no_such_key(key[1])) from None
 
 
-def quote_path(override: str, sweep: bool = False) -> str:
-    """The override, in Hydra's quotes if it is a path that Hydra would not read as typed.
-
-    What is quoted already, null, and several values of a sweep stay as they are.
-    """
-    key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") not in PATH_KEYS:
-        return override
-    with suppress(HydraException):
-        parsed = OverridesParser.create().parse_override(override)
-        if _is_as_typed(parsed, value) or (sweep and parsed.is_sweep_override()):
-            return override
-    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", r"\'"), value)
-    return f"{key}='{escaped}'"
+def _expand_home(match: re.Match[str]) -> str:
+    """For Hydra ~ is a character of a value as any other."""
+    return match[1] + os.path.expanduser(match[2])
 
 
-def _is_as_typed(parsed: Override, value: str) -> bool:
-    if parsed.is_sweep_override():
-        return False
-    return parsed.value() in (value, None) or isinstance(parsed._value, QuotedString)
-
-
-@contextmanager
-def refusals(keys: Iterable[str], overrides: list[str]) -> Iterator[None]:
-    """Turn what Hydra refuses in the block into ConfigError; `keys` are those of the config.
-
-    Several recipes at once are refused here: Hydra would mix them under the name of the last.
-    """
-    for override in overrides:
-        if override.startswith("recipe=["):
-            raise ConfigError(f"{override}: must be the name of one recipe")
-    try:
-        yield
-    except HydraException as error:
-        raise ConfigError(describe_refusal(error, keys)) from None
-    except Exception as error:  # of many types, for what concerns Hydra's own block
-        if isinstance(error, UserError) or not _raised_by_hydra(error):
-            raise
-        key = getattr(error, "full_key", None) or "hydra"
-        raise ConfigError(f"{key}: {str(error) or type(error).__name__}") from None
-
-
-def _raised_by_hydra(error: Exception) -> bool:
-    """Whether none of our code was running, in which the same error is a bug."""
-    ours = Path(__file__).parents[1]
-    for frame in reversed(extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if "hydra" in path.parts:
-            return True
-        if ours in path.parents and "site-packages" not in path.parts:
-            return False
-    return False
-
-
-def describe_refusal(error: HydraException, keys: Iterable[str]) -> str:
-    """What is wrong with the command line, and what is allowed."""
-    if isinstance(error, OverrideParseException):
-        reason = str(error.message).splitlines()[0]
-        return f"{error.override}: must be key=value, such as seed=1 or protocols=[knn] ({reason})"
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={name}: must be one of {', '.join(error.options)}"
-    key = getattr(error.__cause__, "full_key", None)  # of OmegaConf's error
-    if isinstance(key, str) and key not in keys:
-        return no_such_key(key, keys)
-    return str(error)
-
-
-def no_such_key(key: str, keys: Iterable[str]) -> str:
-    """The message for a key that is not in the config."""
-    if key.startswith("hydra."):
-        return f"{key}: no such key"
-    near = difflib.get_close_matches(key, keys, n=1)
+def _no_such_key(key: str) -> str:
+    near = difflib.get_close_matches(key, keys(Config), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{key}: no such key; {hint}there are {', '.join(keys)}"
+    return f"{key}: no such key; {hint}there are {', '.join(keys(Config))}"
 
 
-def skip_check_of_lazy_help() -> None:
+class CheckConfig(Callback):
+    """What Hydra calls before a run or a sweep, and after each job; it catches Exception there."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the config before Hydra makes the run directory."""
+        with error_boundary():
+            to_config(config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the values that all jobs share, and where each job has its results."""
+        with error_boundary():
+            to_config(config)
+            check_sweep(config.hydra)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """End a run that failed with one line, as the script; log why the job of a sweep failed."""
+        error = job_return._return_value  # its property prints the overrides
+        if job_return.status != JobStatus.FAILED or (known := describe(error)) is None:
+            return
+        if config.hydra.mode == RunMode.RUN:
+            with error_boundary():
+                raise error
+        log.error(f"error: {known[0]}")
+        while error is not None:  # Hydra keeps it until the sweep ends: not with the job's tensors
+            error.__traceback__, error = None, error.__context__
+
+
+def directory_name(overrides: ListConfig | list[str]) -> str:
+    """The directory of a sweep's job: its overrides, but those that name no run: `may_change`,
+    without recipe.
+
+    Without characters of a shell or of Hydra, and not too long: it ends with a hash of the
+    overrides where something was replaced or cut off. Empty if no override is left.
+    """
+    unnamed = {*may_change()} - {"recipe"}
+    naming = [override for override in overrides if _key(override) not in unnamed]
+    text = "_".join(sorted(naming)).replace("=", "-")
+    name = re.sub(r"[^\w.]+", "-", text, flags=re.ASCII).strip("-.")
+    if name == text and len(name) <= LONGEST:
+        return name
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return f"{name[: LONGEST - 9]}-{digest[:8]}"
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def check_sweep(hydra: DictConfig) -> None:
+    """Raise ConfigError where two jobs of a sweep would write the same results.
+
+    hydra: Hydra's own config. Jobs share a directory if they differ only in keys that name none
+    (`directory_name`), and results too unless they differ in `labels`. Those that differ in labels
+    alone evaluate one run: in its directory, unless that of the sweep holds one.
+    """
+    params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
+    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in overrides):
+        return  # a sweeper that draws values
+    jobs = BasicSweeper.split_arguments(overrides, None)[0]
+    labels = [[override for override in job if _key(override) == "labels"] for job in jobs]
+    names = [directory_name(job) for job in jobs]
+    results = {(name, *own) for name, own in zip(names, labels, strict=True)}
+    fixed = "${" not in OmegaConf.to_container(hydra.sweep)["subdir"]
+    if len(jobs) > 1 and (fixed or len(results) < len(jobs)):
+        raise ConfigError(
+            "the jobs of this sweep would overwrite each other's results: sweep keys that change "
+            "the encoder, or labels, each value once; start one command for each value of others"
+        )
+    one_run = names[0] == "" or (len(jobs) > 1 and len({*names}) == 1)
+    if one_run and not any(Path(hydra.sweep.dir, names[0]).glob("simclr_*.pt")):
+        with read_write(hydra):
+            hydra.overrides.hydra += ["hydra.sweep.dir=${hydra.run.dir}", "hydra.sweep.subdir=."]
+
+
+def run_directory() -> Path:
+    """The run directory of this job, relative to the working directory where it lies below it."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+
+
+def _skip_check_of_lazy_help() -> None:
     """Let Hydra start where argparse checks help texts as they are registered (Python 3.14).
 
     Hydra up to 1.3.8 registers one that is no string but is made when printed (hydra issue 3121).
@@ -124,9 +200,3 @@ def skip_check_of_lazy_help() -> None:
                 check(parser, action)
 
         ArgumentParser._check_help = check_strings
-
-
-def run_directory() -> Path:
-    """Hydra's output directory, relative to the working directory where it lies below it."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir

@@ -1,154 +1,119 @@
-"""Device, precision and torch.compile selection; device-to-host copies."""
+"""Device, precision and torch.compile."""
 
 import logging
-import math
-import time
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch
 
-from system.errors import ConfigError
+from config import DEVICES, ConfigError
 
 log = logging.getLogger("simclr")
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Views of 32×32 from which on compiling pays for itself (docs/speed.md). ResNet-18 takes 55 s to
-# compile on two CPU cores and is 9 % faster after that: break-even at 120,000 views; on an H100 it
-# takes 39 s and a step of 1,024 views 12.8 ms instead of 18.9: break-even at 6.5 million.
-COMPILE_PAYS = {"cpu": 200_000, "cuda": 7_000_000}
 
 
 def select_device(name: str) -> torch.device:
-    """The device called `name`; `auto` takes the first available of cuda, mps, cpu.
+    """The device called `name`; `auto` takes the first of cuda, mps, cpu that works.
 
-    Raises ConfigError for a device that this machine does not have.
+    `auto` warns where there is a GPU that torch cannot use. Raises ConfigError for a device that
+    this machine does not have, or cannot use.
     """
-    there = torch.cuda.is_available(), torch.backends.mps.is_available(), True
-    devices = [device for device, is_there in zip(DEVICES[1:], there, strict=True) if is_there]
-    if name not in ("auto", *devices):
-        raise ConfigError(
-            f"device={name!r}: must be one that this machine has, {', '.join(devices)}, "
-            "or auto, which takes the first of them"
-        )
+    problem = find_cuda_problem() if name in ("auto", "cuda") else None
+    usable = {
+        "cuda": problem is None and torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    names = [device for device in DEVICES if usable.get(device)]
+    if name not in ("auto", *names):
+        allowed = f"one that this machine has, {', '.join(names)}, or auto"
+        raise ConfigError(f"device={name}: must be {allowed} ({problem or 'no such device'})")
+    if name == "auto" and problem:
+        log.warning(f"warning: runs on {names[0]}, since torch cannot use the GPU: {problem}")
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
     torch.set_float32_matmul_precision("highest")  # for the loss; an environment may ask for TF32
-    return torch.device(devices[0] if name == "auto" else name)
+    return torch.device(names[0] if name == "auto" else name)
 
 
-def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of convolutions and matrix products: a name of PRECISIONS, or `auto`.
+def find_cuda_problem() -> str | None:
+    """Why torch cannot compute on the GPU of this machine; None if it can, or there is none."""
+    remedy = "install the torch build that fits GPU and driver (pytorch.org), or take device=cpu"
+    with warnings.catch_warnings(record=True) as caught:  # of a driver that is too old
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        gpu = "the GPU"
+        try:
+            gpu = torch.cuda.get_device_name()
+            (torch.zeros(1, device="cuda") + 1).item()  # the first kernel
+        except (RuntimeError, AssertionError) as error:
+            return f"{gpu}: {str(error).splitlines()[0]}; {remedy}"
+    elif caught:
+        return f"{' '.join(str(caught[0].message).split())[:300]}; {remedy}"
+    elif os.path.exists("/proc/driver/nvidia/version") and torch.version.cuda is None:
+        return f"this torch, {torch.__version__}, is built without CUDA; {remedy}"
+    return None
 
-    `auto` is bfloat16 if the hardware supports it, which needs no loss scaling; float16 on older
-    GPUs, whose small range needs a gradient scaler; else float32.
+
+def select_precision(name: str, device: torch.device) -> str:
+    """A name of PRECISIONS, the dtype of convolutions and matrix products.
+
+    `auto` is bf16 if the hardware supports it, which needs no loss scaling; fp16 on older GPUs,
+    whose small range needs a gradient scaler; else fp32.
     """
     if name != "auto":
-        return PRECISIONS[name]
+        return name
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu":  # without these torch takes bfloat16 too, but slower than float32
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and newer
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-            return torch.bfloat16
-    return torch.float32
+            return "bf16"
+    return "fp32"
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in PRECISIONS."""
-    return next(name for name, precision in PRECISIONS.items() if precision == dtype)
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Mixed precision: convolutions and matrix products in `precision`, with float32 weights."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype)
 
 
-def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `device` has a convolution in `dtype`, and its gradient."""
-    x = torch.ones(2, 8, 8, 8, device=device, requires_grad=True)
-    try:
-        with autocast(device, dtype):
-            y = F.conv2d(x, torch.ones(8, 8, 3, 3, device=device))
-        y.sum().backward()
-    except RuntimeError:
-        return False
-    return y.dtype == dtype  # without it, autocast may only warn
-
-
-def select_compile(
-    choice: bool | str, device: torch.device, views: float, supported: bool = True
-) -> bool:
-    """Whether to use torch.compile: `choice` is True, False or "auto".
-
-    "auto" compiles where `views`, in views of 32×32, are enough to pay for it (COMPILE_PAYS), and
-    `supported` is true: it is not with recomputed activations or several ranks. A trivial function
-    is compiled first, since a compiler, Python's headers or triton may be missing, or fail: "auto"
-    then warns, and True raises ConfigError.
-    """
-    pays = supported and views >= COMPILE_PAYS.get(device.type, math.inf)
-    if choice is False or (choice == "auto" and not pays):
-        return False
-    torch.compiler.reset()  # of earlier runs: after eight forms torch goes on without compiling
-    new = time.time()  # a constant that no cache of torch's holds, so that all parts do run
-    try:
-        torch.compile(lambda x: x.sin() + new)(torch.zeros(2, device=device))
-    except Exception as error:
-        return _not_compiled(choice, error)
-    return True
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from host memory; for a GPU from pinned memory, so that nothing waits."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def compile_static(f: Callable[..., Any], choice: bool | str) -> Callable[..., Any]:
-    """`f` compiled, for static shapes; what `select_compile` tried may still fail with it.
+    """`f` compiled for static shapes, when it is first called.
 
-    If `choice` is "auto" `f` itself runs from then on, after a warning: a failure to compile comes
-    before anything has run, that of the backward pass too. True raises ConfigError.
+    A compiler, Python's headers or triton may be missing, or torch fail: if `choice` is "auto",
+    `f` itself then runs from there on, after a warning; True raises ConfigError. Nothing has run
+    by then, since the backward pass is compiled at once with the forward pass.
     """
+    torch.compiler.reset()  # of earlier jobs of a sweep: after eight forms torch stops compiling
     functorch.force_non_lazy_backward_lowering = True
     run = torch.compile(f, dynamic=False)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal run
         try:
-            return run(*args)
+            return run(*args, **kwargs)
         except TorchDynamoException as error:
-            _not_compiled(choice, error)
+            text = str(error).split("Set TORCHDYNAMO_VERBOSE")[0].split("Output:\n")[-1]
+            reason = f"{type(error).__name__}: {' '.join(text.split())[:200]}"
+        if choice is True:
+            raise ConfigError(f"compile=true: must be false or auto on this machine ({reason})")
+        log.warning(f"warning: compile=auto does not compile on this machine ({reason})")
         run = f
-        return f(*args)
+        return f(*args, **kwargs)
 
     return call
-
-
-def _not_compiled(choice: bool | str, error: Exception) -> bool:
-    """Warn for "auto", raise ConfigError for True, in one line of torch's many."""
-    text = str(error).split("Set TORCHDYNAMO_VERBOSE")[0].split("Output:\n")[-1]
-    reason = f"{type(error).__name__}: {' '.join(text.split())[:200]}"
-    if choice is True:
-        raise ConfigError(
-            f"compile=true: must be false or auto on this machine ({reason})"
-        ) from None
-    log.warning(f"warning: compile=auto does not compile on this machine ({reason})")
-    return False
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Convolutions and matrix products in `dtype`, with float32 weights (mixed precision)."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def start_copy(scalars: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
-    """Start copying scalars to the CPU without waiting; the returned function waits and reads."""
-    values = torch.stack(list(scalars.values()))
-    done = torch.cuda.Event() if values.is_cuda else None
-    copy = values.to("cpu", non_blocking=values.is_cuda)
-    if done is not None:
-        done.record()
-
-    def read() -> dict[str, float]:
-        if done is not None:
-            done.synchronize()
-        return dict(zip(scalars, copy.tolist(), strict=True))
-
-    return read

@@ -1,27 +1,28 @@
-"""Error types, signal handling and exit codes: one line on stderr instead of a traceback."""
+"""Errors of the user in one line, signals that stop a run, and a progress bar that ends none."""
 
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
-from system.terminal import guard_terminal
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+from yaml import YAMLError
 
 # What asks a process to end: a closed SSH session sends SIGHUP, Ctrl-\ SIGQUIT; SLURM, SGE and LSF
-# warn with SIGUSR1, SIGUSR2 or, for the CPU time, SIGXCPU. Windows has the first two.
-ALWAYS = (signal.SIGTERM, signal.SIGINT)
-OTHERS = ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-STOP = (*ALWAYS, *(getattr(signal, name) for name in OTHERS if hasattr(signal, name)))
-AT_ONCE = (*ALWAYS, getattr(signal, "SIGQUIT", None))  # SIGXCPU comes every second
-TWICE = 1.0  # seconds in which a second signal counts as the first: terminal and launcher both send
-rank: int | None = None  # of this process, where training.distributed has started several
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate|not enough memory|ALLOC_FAILED")
-PEER_ENDED = re.compile("gloo|NCCL|ProcessGroup|Connection (closed|reset) by peer")
+# warn with SIGUSR1, SIGUSR2 or, for the CPU time, SIGXCPU. Windows has SIGTERM and SIGINT alone.
+STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGQUIT")
+AT_ONCE = ("SIGTERM", "SIGINT", "SIGQUIT")  # ends at once if it comes again; SIGXCPU always does
+SAME = 1.0  # seconds in which a second signal is the first: terminal and torchrun both send one
+OF_HYDRA = ("Unable to configure", "Config group override")  # ValueErrors, for a user's values
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate|not enough memory|ALLOC_FAILED", re.I)
 
 
 class UserError(Exception):
@@ -30,128 +31,142 @@ class UserError(Exception):
     exit_code = 1
 
 
-class ConfigError(UserError):
-    """A config value that is not allowed."""
-
-    exit_code = 2
-
-
 class Stopped(BaseException):
-    """The process was asked to end by a signal: the whole sweep, so Hydra must not catch it."""
+    """A signal ended the run: a whole sweep ends, so Hydra must not catch it."""
 
     def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(number, message)  # all of it, for pickle
-        self.number, self.message = number, message
+        super().__init__(number, message)
+        self.exit_code, self.message = 128 + number, message
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}{self.message}"
+        return f"stopped by {signal.Signals(self.exit_code - 128).name}{self.message}"
 
 
 class StopSignals:
-    """Record the signals of STOP in the block; the same one a second later ends the process.
+    """Within the block a signal of STOP sets `received` and does nothing else.
 
-    The last holds for AT_ONCE. Unless it is SIGTERM or SIGINT, a signal that is ignored, as SIGHUP
-    under nohup, or has a handler stays so. To a rank the end of its torchrun is a SIGTERM, as when
-    a SIGUSR1 has ended that, which it does not handle.
-
-    A thread reads the signals: Python's own handlers wait for the main thread, which a backward
-    pass keeps for a whole step. A launcher's signal reaches the ranks at different moments; `agree`
-    (the maximum over the ranks) makes all stop at one step.
+    What is ignored stays ignored, as SIGHUP under nohup. One of AT_ONCE that comes a second time
+    acts as it would outside of the block: it ends a script, and is KeyboardInterrupt in a notebook.
     """
 
     received: int | None = None
 
-    def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
-        self.agree = agree
-        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-
     def __enter__(self) -> "StopSignals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            reader, self._writer = socket.socketpair()
-            self._writer.setblocking(False)
-            self._fd = signal.set_wakeup_fd(self._writer.fileno())
-            threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
-            for number in STOP:
-                if number in ALWAYS or signal.getsignal(number) is signal.SIG_DFL:
-                    self._before[number] = signal.signal(number, lambda *_: None)
+            for number in (getattr(signal, name) for name in STOP if hasattr(signal, name)):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._before:
-            signal.set_wakeup_fd(self._fd)
-            self._writer.close()
 
-    def _listen(self, reader: socket.socket) -> None:
-        first: dict[int, float] = {}
-        with reader:
-            while byte := reader.recv(1):  # empty: the block has ended
-                if (number := byte[0]) not in STOP:
-                    continue
-                self.received = self.received or number
-                since = time.monotonic() - first.setdefault(number, time.monotonic())
-                if number in AT_ONCE and since > TWICE:
-                    os._exit(128 + number)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif signal.Signals(number).name in AT_ONCE and time.monotonic() - self._since > SAME:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
-    def noted(self) -> int:
-        """The signal received, or 0. Under torchrun a collective: every rank must call it."""
-        left = self._agent not in (None, os.getppid())
-        return self.agree(self.received or (signal.SIGTERM if left else 0))
+    def act(self, number: int, message: str) -> None:
+        """Do what the signal asks for, now that the state is saved.
 
-    def check(self) -> None:
-        """Raise Stopped if a signal was received."""
-        if number := self.noted():
-            raise Stopped(number)
+        A handler that a launcher or a caller set before the block decides, and training goes on if
+        it returns; else Stopped is raised.
+        """
+        handler = self._before.get(number)
+        if not callable(handler) or handler is signal.default_int_handler:
+            raise Stopped(number, message)
+        handler(number, sys._getframe())
+        self.received = None
 
 
-def out_of_memory(error: BaseException | None) -> str | None:
-    """What was asked for, in words, if memory of the host or a GPU was used up; else None.
+class Dropping:
+    """stderr, which drops what it cannot write: its reader has ended, or the disk is full.
 
-    Most of torch's errors have no class of their own, and one that comes of cleaning up hides it.
+    In `python simclr.py 2>&1 | tee log` Ctrl-C ends tee before the run.
     """
-    while error is not None:
-        text = " ".join(str(error).split())
-        sentences = [s for s in text.split(". ") if OUT_OF_MEMORY.search(s)]
-        if sentences or isinstance(error, MemoryError):
-            return f"out of memory ({(sentences or [text or 'of the host'])[0]})"
-        error = error.__context__
-    return None
+
+    def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Write the text to stderr, or drop it."""
+        with suppress(OSError, ValueError, AttributeError):  # gone, closed, None
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush stderr, or do nothing."""
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """tqdm on stderr, drawn once a second, which no output that cannot be written ends."""
+    return tqdm(file=Dropping(), mininterval=1, **options)
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
     """What a user, a machine or a signal did, in one line, and the exit code; None for a bug."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text, error.exit_code
-    if isinstance(error, Stopped):
-        return text, 128 + error.number
+    if (exit_code := getattr(error, "exit_code", None)) is not None:
+        return text, exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT", 128 + signal.SIGINT
+    refusal = isinstance(error, (HydraException, OmegaConfBaseException, YAMLError))
+    if refusal or text.startswith(OF_HYDRA):
+        return describe_refusal(error), 2
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}", 1
-    if not isinstance(error, (MemoryError, RuntimeError)):  # torch's own on CUDA alone has a class
-        return None
-    if rank is not None and PEER_ENDED.search(text):
-        return f"another rank has ended ({str(error).splitlines()[0][:200]})", 1
-    what = out_of_memory(error)
-    return None if what is None else (f"{what}: this machine has too little for it", 1)
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        advice = "activation_checkpointing=true, a micro_batch_size, or a smaller batch_size"
+        return f"out of memory ({text[:200] or 'of the host'}): less is taken by {advice}", 1
+    return None
+
+
+def describe_refusal(error: Exception) -> str:
+    """What Hydra, OmegaConf or PyYAML refused: the key, and their reason."""
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
+        quoted = re.sub(r'([\\"$`])', r"\\\1", f"{key}='{value}'")  # for the shell
+        reason = str(error).splitlines()[0]
+        return f'{error.override}: {reason}; a text with such characters is "{quoted}"'
+    text = str(error).split("Config search path")[0]  # after the recipes that there are
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        text += f": {error.__cause__}"
+    reason, _, details = text.partition("full_key: ")
+    key = details.partition("\n")[0]
+    reason = f"{key}: {reason}" if key and key not in reason else reason
+    return " ".join(reason.split())
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def error_boundary() -> Iterator[None]:
     """Print an error that `describe` knows as one line on stderr, and exit with its code.
 
-    Other exceptions keep their traceback. The terminal is guarded from here on (`guard_terminal`).
+    Other exceptions keep their traceback.
     """
-    guard_terminal()
     try:
         yield
     except BaseException as error:
         if (known := describe(error)) is None:
             raise
         line, exit_code = known
-        line = line if exit_code > 128 else f"error: {line}"  # a signal is no error
-        print(f"rank {rank}: {line}" if rank else line, file=sys.stderr)
+        print(line if exit_code > 128 else f"error: {line}", file=Dropping())
         sys.exit(exit_code)
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Python would flush stdout at exit, fail if its reader has ended, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except AttributeError:  # None
+            continue

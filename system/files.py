@@ -1,41 +1,41 @@
-"""Atomic writes, locks and archiving for run directories."""
+"""Files of a run directory: atomic writes, a lock, and which of them are ours."""
 
 import errno
-import io
 import json
 import logging
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
+from yaml import YAMLError
 
-from system.errors import ConfigError, UserError
+from config import Architecture, keys
+from system.errors import UserError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("simclr")
 
-# A directory with one of RUN_MARKS holds a run; RUN_FILES are all that a run and its evaluation
-# leave there.
-RUN_MARKS = ("simclr_*.pt", "config.yaml", "metrics.jsonl")
-RUN_FILES = (
-    *RUN_MARKS, "failure.json", "events.out.tfevents.*", "results*.json", "results*.md",
-    "predictions.csv", "*.log", "*.png", "*.svg",
-)  # fmt: skip
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from a file system without locks
+OTHER = "choose another run directory with hydra.run.dir=PATH"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system
+# What a run, its evaluation and its pictures write, beside results and predictions.
+WEIGHTS = re.compile(r"simclr_\w+_(epoch[1-9]\d*|last|previous)\.pt")
+RUN_FILES = re.compile(
+    rf"{WEIGHTS.pattern}|config\.yaml|metrics\.jsonl|events\.out\.tfevents\..+\.simclr"
+    r"|simclr(_lin)?\.log|(curves|views|embedding|neighbours|confusion)\.(png|svg)"
+)
 
 
-def write_file(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write `content` to `path` atomically and durably; the old file becomes `previous`.
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically and durably.
 
     The content goes to a temporary file, is flushed to disk (fsync) and then renamed, so that a
-    crash or a power cut at any moment leaves either the old file, under one of its two names, or
-    the new one. Raises UserError, with the space that it takes, if that fails.
+    crash or a power cut at any moment leaves either the old file or the new one. Raises UserError
+    if that fails.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -43,8 +43,6 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
         os.replace(temporary, path)
         with suppress(OSError):  # Windows and some file systems cannot sync a directory
             directory = os.open(path.parent, os.O_RDONLY)
@@ -55,96 +53,100 @@ def write_file(path: Path, content: bytes, previous: Path | None = None) -> None
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        size, free = max(0.1, len(content) / 1e6), ""
-        with suppress(OSError):  # the directory is gone
-            free = f", {shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there"
         raise UserError(
-            f"{path} could not be written ({error.strerror}): it takes {size:,.1f} MB{free}; free "
-            "up space, or make the directory writable"
+            f"{path} could not be written ({error.strerror}): it takes {len(content) / 1e6:,.1f} "
+            "MB; free up space, or make the directory writable"
         ) from None
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file of keys and values, UTF-8.
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The config of the run in a directory, from its config.yaml.
 
-    Raises ConfigError, with the line, if it holds anything else; UserError if it cannot be read.
+    Raises UserError if the file is missing, damaged or of another program.
     """
-    content = b""
+    path = run_dir / "config.yaml"
     try:
-        content = path.read_bytes()
-        config = OmegaConf.load(io.StringIO(content.decode("utf-8-sig")))
+        config = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        reason = f"byte {content[error.start]:#04x} is not UTF-8: save the file in this encoding"
-        raise ConfigError(f"{path}, line {line}: {reason}") from None
-    except MarkedYAMLError as error:
-        raise ConfigError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from None
-    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{path}, {str(key)[:40]}" if key else path
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path}: must hold lines of the form key: value")
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict) or not {"temperature", *keys(Architecture)} <= set(config):
+        raise UserError(f"{path} is not of simclr.py: move it away, or {OTHER}")
     return config
 
 
-def parse_json(content: bytes, where: Path | str) -> dict[str, Any]:
-    """The JSON object in `content`. Raises UserError, naming `where`, if it holds anything else."""
+def read_json(content: bytes, where: Path | str, *needed: str) -> dict[str, Any]:
+    """The JSON object in `content`; `needed`: keys that it must have.
+
+    Raises UserError, naming `where`, if it holds anything else.
+    """
     try:
         found = json.loads(content)
-        if not isinstance(found, dict):
-            raise ValueError("no keys with values")
     except (ValueError, RecursionError) as error:
-        reason = f"{where} is damaged or of another program ({error})"
-        raise UserError(f"{reason}: mend or remove it") from None
+        raise UserError(f"{where} is damaged ({error}): mend it or move it away") from None
+    if not isinstance(found, dict) or not set(needed) <= set(found):
+        raise UserError(f"{where} is of another program: move it away, or {OTHER}")
     return found
 
 
-@contextmanager
-def locked(
-    directory: Path, name: str, needed: bool = True, wait: str | None = None
-) -> Iterator[None]:
-    """Hold the lock `directory`/.<name>.lock within the block; does nothing unless `needed`.
+def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
+    """Read metrics.jsonl of a run directory, a dict per epoch; empty in its first epoch.
 
-    The operating system releases the lock when the process ends, however it ends; the empty file
-    may stay. While another process holds it: waits, with the line `wait` in the log, or without
-    one raises UserError. Warns on a file system without locks. Raises UserError if the file cannot
-    be written; with `wait` the block then runs without, since no other process can write there.
+    Raises UserError if it is damaged or of another program.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last: cut, or empty
+    return [read_json(line, f"{path}, line {n}", "epoch") for n, line in enumerate(lines, 1)]
+
+
+@contextmanager
+def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock `directory`/.<name>.lock within the block.
+
+    The operating system releases it when the process ends, however it ends; the empty file may
+    stay. While another process holds it: waits, or without `wait` raises UserError. Warns on a file
+    system without locks.
     """
     lock = FileLock(directory / f".{name}.lock", fallback_to_soft=False)
     try:
-        if needed:
-            lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except Timeout:
-        if wait is None:
-            raise UserError(
-                f"{directory} is in use by another {name}.py: wait until that ends, or choose "
-                "another run directory with hydra.run.dir=PATH"
-            ) from None
-        log.warning(wait)
-        lock.acquire()  # looks again and again, so that signals end it
-    except (OSError, NotImplementedError) as error:  # filelock's own word for ENOSYS is the second
-        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
-            one = f"start one {name}.py" if wait is None else "let one process end its download"
-            log.warning(f"warning: {directory} is on a file system without locks: {one}")
-        elif wait is None:
-            raise UserError(
-                f"{lock.lock_file} cannot be written ({error.strerror}): make the directory "
-                "writable, or choose another with hydra.run.dir=PATH"
-            ) from None
+        used = f"{directory} is in use by another {name}.py"
+        raise UserError(f"{used}: wait until that ends, or {OTHER}") from None
+    except (OSError, NotImplementedError) as error:  # filelock's word for ENOSYS is the second
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise UserError(f"{directory} cannot be written ({error.strerror}): {OTHER}") from None
+        log.warning(f"warning: {directory} is on a file system without locks: start one {name}.py")
     try:
         yield
     finally:
         lock.release()
 
 
-def move_aside(run_dir: Path) -> Path | None:
-    """Move the files of a run to a new directory old-1, old-2, …; None if there are none."""
-    files = sorted({path for pattern in RUN_FILES for path in run_dir.glob(pattern)})
-    if not files:
-        return None
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run of ours has begun in the directory."""
+    files = run_dir.glob("*.pt")
+    return (run_dir / "config.yaml").exists() or any(WEIGHTS.fullmatch(f.name) for f in files)
+
+
+def check_ours(run_dir: Path) -> None:
+    """Raise UserError if files of another program lie where a run would write its own."""
+    if (run_dir / "config.yaml").exists():
+        read_config(run_dir)
+    elif (path := run_dir / "metrics.jsonl").exists() and not holds_run(run_dir):
+        raise UserError(f"{path} is not of simclr.py: move it away, or {OTHER}")
+
+
+def move_aside(run_dir: Path) -> None:
+    """Move the files of a run to a new directory old-1, old-2, …; nothing if there is no run."""
+    if not holds_run(run_dir):
+        return
+    files = [path for path in run_dir.iterdir() if RUN_FILES.fullmatch(path.name)]
+    for path in run_dir.glob("results*.json"):
+        files += [path, path.with_suffix(".md")] if is_results(path) else []
+    for path in run_dir.glob("predictions.csv"):
+        files += [path] if path.read_bytes().startswith(b"file,class,probability") else []
     number = 1
     while (aside := run_dir / f"old-{number}").exists():
         number += 1
@@ -152,6 +154,15 @@ def move_aside(run_dir: Path) -> Path | None:
     for handler in logging.getLogger().handlers:  # reopen the log here, where a later message goes
         if isinstance(handler, logging.FileHandler):
             handler.close()
-    for path in files:
+    for path in sorted(path for path in files if path.exists()):
         path.rename(aside / path.name)
-    return aside
+    log.info(f"moved the files of the earlier run to {aside}")
+
+
+def is_results(path: Path) -> bool:
+    """Whether a file was written by simclr_lin.py as results.json."""
+    try:
+        read_json(path.read_bytes(), path, "sha256", "protocols")
+    except UserError:
+        return False
+    return True

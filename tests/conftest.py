@@ -7,7 +7,6 @@ import os
 import runpy
 import signal
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize
-from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -27,9 +25,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import simclr
-from config import check_config, register_config
+from config import Config
 from models import BACKBONES
-from training.graph import GraphedStep
+from system.commandline import register_config, to_config
 
 torch.set_num_threads(1)
 
@@ -83,11 +81,11 @@ def obey_permissions() -> None:
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
-def make_config(*overrides: str, peak: str = "learning_rate") -> DictConfig:
+def make_config(*overrides: str) -> Config:
     """The checked config with these overrides, as a script would see it."""
     register_config()
     with initialize(version_base="1.3", config_path=None):
-        return check_config(compose("simclr_config", overrides=list(overrides)), peak)
+        return to_config(compose("simclr_config", overrides=list(overrides)))
 
 
 def make_images(root: Path, classes: int = 3, **splits: int) -> Path:
@@ -103,14 +101,14 @@ def make_images(root: Path, classes: int = 3, **splits: int) -> Path:
     return root
 
 
-def toy_config(data: Path, *overrides: str, peak: str = "learning_rate") -> DictConfig:
+def toy_config(data: Path, *overrides: str) -> Config:
     """A config for runs of a second on `data`, with images of 8×8 pixels."""
     size = ["image_size=8", "batch_size=8", "epochs=2", "finetune_epochs=2", "device=cpu"]
-    return make_config("dataset=folder", f"data_dir={data}", *size, *overrides, peak=peak)
+    return make_config("dataset=folder", f"data_dir={data}", *size, *overrides)
 
 
 @pytest.fixture
-def config() -> Callable[..., DictConfig]:
+def config() -> Callable[..., Config]:
     """config("epochs=2", …): the checked config, as a script would see it."""
     return make_config
 
@@ -122,7 +120,7 @@ def write_images() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def toy(tmp_path, request) -> Callable[..., DictConfig]:
+def toy(tmp_path, request) -> Callable[..., Config]:
     """A config for runs of a second: 24 training and 9 test images of 3 classes, 8×8 pixels."""
     data = make_images(tmp_path / "images", train=8, test=3)
     return partial(toy_config, data, f"device={request.config.getoption('--device')}")
@@ -142,17 +140,16 @@ def slowed(
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
     """SIGTERM comes while step `number` from here on is computed; None: no signal."""
-    run_step = GraphedStep.__call__  # train_step itself does not run when a graph is replayed
-    step, count = getattr(run_step, "whole", run_step), itertools.count(1)
+    draw = getattr(simclr.draw, "whole", simclr.draw)  # a step draws once, on a GPU too
+    count = itertools.count(1)
 
-    def counted(*args: object) -> dict[str, torch.Tensor]:
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
         if next(count) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)  # until the thread that listens has noted it
-        return step(*args)
+        return draw(*args, **kwargs)
 
-    counted.whole = step
-    monkeypatch.setattr(GraphedStep, "__call__", counted)
+    counted.whole = draw
+    monkeypatch.setattr(simclr, "draw", counted)
 
 
 def thin_resnet(weights: None, **options: object) -> ResNet:

@@ -47,52 +47,47 @@ def run(call):
 
 def test_pretraining_and_linear_evaluation_by_name(tmp_path):
     run = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
-    succeed(tmp_path, "simclr.py", "backbone=resnet18", "epochs=2", "log_interval=1", *TOY)
+    succeed(tmp_path, "simclr.py", "backbone=resnet18", "epochs=1", *TOY)
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     assert names == {
-        "config.yaml", "metrics.jsonl", "simclr.log",
-        "simclr_resnet18_epoch1.pt", "simclr_resnet18_epoch2.pt", ".simclr.lock",
-        "simclr_resnet18_last.pt", "simclr_resnet18_previous.pt",
+        "config.yaml", "metrics.jsonl", "simclr.log", "simclr_resnet18_epoch1.pt",
+        "simclr_resnet18_last.pt", ".simclr.lock",
     }  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"logs"}
-    lin = ["simclr_lin.py", "backbone=resnet18", "dataset=digits", "batch_size=256"]
-    done = succeed(tmp_path, *lin, "finetune_epochs=1")
+    lin = ["backbone=resnet18", "dataset=digits", "batch_size=256", "device=cpu"]
+    done = succeed(tmp_path, "simclr_lin.py", *lin, "finetune_epochs=1")
     results = json.loads((run / "results.json").read_text())
-    assert results["epoch"] == 2 and results["dataset"] == "digits"
-    assert 0 <= results["linear_acc"] <= results["linear_top5"] <= 1
     said = [f"| {results[key]:.2%}"[:-1] for key in ("linear_acc", "linear_top5", "knn_acc")]
     for text in (done.stdout, (run / "simclr_lin.log").read_text()):
         assert all(number in text for number in said), text
-    assert (run / "results.md").is_file()
 
 
 def test_what_follows_a_run(run, thin, tmp_path, call):
-    """Prediction, pictures, an earlier epoch, and what is refused."""
-    lin = ["simclr_lin.py", "backbone=resnet18", "dataset=digits", "batch_size=256"]
+    """Evaluation, pictures, prediction and an earlier epoch, by the defaults of each command."""
+    lin = ["simclr_lin.py", "dataset=digits", "batch_size=256", "finetune_epochs=1"]
     folder = tmp_path / "logs" / "SimCLR" / "digits" / "resnet18"
     code, line = call(*lin)
-    assert code == 1 and f"{folder.relative_to(tmp_path)} has no .pt file" in line
+    assert code == 1 and "no checkpoint of resnet18 in logs/SimCLR/digits/resnet18" in line
     run("simclr.py", "epochs=2", "log_interval=1", *TOY)
-    run(*lin, "finetune_epochs=1")
+    run(*lin)
     run("plot.py", str(folder.relative_to(tmp_path)))
     names = {path.stem for path in folder.glob("*.png")}
     assert names == {"views", "curves", "embedding", "neighbours", "confusion"}
+    assert "| resnet18 | 2 of 2 " in run("compare.py", *map(str, folder.parent.iterdir()))
 
     (tmp_path / "images").mkdir()
     Image.new("L", (20, 30)).save(tmp_path / "images" / "black.png")
-    run(*lin, "finetune_epochs=1", "predict=images")
+    run(*lin, "predict=images")
     head, line = (folder / "predictions.csv").read_text().splitlines()
     assert head == "file,class,probability" and line.startswith("images/black.png,")
 
-    run(*lin, "finetune_epochs=1", "load_epoch=1")
-    assert json.loads((folder / "results.json").read_text())["epoch"] == 1
-    for code, override, message in (
-        (1, "load_epoch=7", "simclr_resnet18_epoch1.pt, simclr_resnet18_epoch2.pt"),
-        (2, "image_size=16", "image_size=16: must be 8"),
-        (1, "predict=nowhere", "predict=nowhere: there is no directory nowhere"),
-    ):
-        found, line = call(*lin, override)
-        assert found == code and message in line and line.count("\n") == 1, line
+    run(*lin, "load_epoch=1", "protocols=[knn]")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["epoch"] == 1 and results["linear_acc"] is None  # of epoch 2
+    run(lin[0], "-m", *lin[1:], "labels=5,10", "protocols=[knn]")  # a sweep finds the run
+    assert {path.name for path in folder.glob("results_labels*.json")} == {
+        "results_labels5.json", "results_labels10.json",
+    }  # fmt: skip
 
 
 def test_a_backbone_with_a_longer_name_is_resumed_evaluated_and_moved_aside(
@@ -109,7 +104,7 @@ def test_a_backbone_with_a_longer_name_is_resumed_evaluated_and_moved_aside(
     assert json.loads((folder / "results.json").read_text())["backbone"] == name
     run(*pretrain, "resume=false")
     moved = {path.name for path in (folder / "old-1").glob("*.pt")}
-    assert moved == {f"simclr_{name}_{part}.pt" for part in ("epoch1", "last", "previous")}
+    assert moved == {f"simclr_{name}_{part}.pt" for part in ("epoch1", "last")}
 
 
 def test_a_checkpoint_is_evaluated_on_another_dataset(run, thin, tmp_path, write_images):
@@ -135,7 +130,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(tmp_path):
     assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
-    assert "train cannot be read (No such file or directory)" in lines[0]
+    assert "data/train: No such file or directory" in lines[0]
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files <= {".simclr.lock"}
 
@@ -147,19 +142,6 @@ def test_cfg_and_help_print_the_config_and_run_nothing(run, tmp_path):
     shown = run("simclr.py", "--help")
     assert "temperature: 0.5" in shown and "simclr_config.yml" in shown
     assert not list(tmp_path.iterdir())
-
-
-def test_a_sweep_gives_each_job_a_directory_named_after_its_overrides(run, thin, tmp_path):
-    run("simclr.py", "-m", "temperature=0.1,0.5", "epochs=1", *TOY)
-    found = sorted((tmp_path / "logs").rglob("metrics.jsonl"))
-    assert len(found) == 2
-    for path, temperature in zip(found, ("0.1", "0.5"), strict=True):
-        assert f"temperature-{temperature}" in path.parent.name
-        assert f"temperature: {temperature}\n" in (path.parent / "config.yaml").read_text()
-    run("simclr_lin.py", f"hydra.run.dir={found[0].parent}", "dataset=digits",
-        "baselines=[pixels]", "finetune_epochs=1")  # fmt: skip
-    results = json.loads((found[0].parent / "results.json").read_text())
-    assert [row["encoder"] for row in results["protocols"]] == ["checkpoint"] * 3 + ["pixels"] * 3
 
 
 def test_recipes_in_a_sweep_and_in_the_other_commands(run, thin, tmp_path):
@@ -197,7 +179,7 @@ def test_a_compiled_run_is_evaluated_like_any_other(
     views = "view_sizes=[" + ",".join(f"[{size},{share}]" for size, share in sizes) + "]"
     run("simclr.py", "compile=true", views, "epochs=2", "hydra.run.dir=run", *TOY, "image_size=12",
         "hidden_dim=16", "projection_dim=8", "knn_interval=0")  # fmt: skip
-    assert graphs[1:] == [{"dynamic": False}] * 2  # after the trial of one number
+    assert graphs == [{"dynamic": False}] * 2
     assert ", compiled, in run" in (tmp_path / "run" / "simclr.log").read_text()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     seen = [json.loads(line)["view_size"] for line in lines]

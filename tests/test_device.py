@@ -1,8 +1,7 @@
 """Device, precision and compilation: what auto takes, and what is refused."""
 
-import json
+import warnings
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,34 +9,76 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor
 
-from system import device
-from system.device import (
-    autocast,
-    compile_static,
-    select_compile,
-    select_device,
-    select_precision,
-)
-from system.errors import ConfigError
+from config import ConfigError
+from system import device as device_module
+from system.device import autocast, compile_static, select_device, select_precision, to_device
+from system.errors import describe
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.fixture
+def gpu_is(monkeypatch):
+    """gpu_is(error): this machine has a GPU, whose first kernel raises the error; None: works."""
+
+    def gpu_is(error):
+        def compute(*size, device):
+            if error is not None:
+                raise error
+            return torch.ones(1)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Relic 9")
+        monkeypatch.setattr(torch, "zeros", compute)
+
+    return gpu_is
+
+
+def test_auto_takes_cuda_then_mps_then_the_cpu(gpu_is, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there, expected in ((False, "cpu"), (True, "mps")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert select_device("auto").type == expected
+    gpu_is(None)
+    assert select_device("auto").type == select_device("cuda").type == "cuda"
+    assert select_device("cpu").type == "cpu" and not caplog.records
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert select_device("auto") == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"device='cuda'.*cpu"):
+    for name in ("cuda", "mps"):
+        with pytest.raises(ConfigError, match=f"^device={name}: must be one that .* has, cpu, or"):
+            select_device(name)
+
+
+def old_driver():
+    warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=2)
+    return False
+
+
+@pytest.mark.parametrize("kind", ["no kernel", "old driver", "torch without CUDA"])
+def test_a_gpu_that_torch_cannot_use_is_refused_with_remedy_or_warned_of(
+    gpu_is, monkeypatch, caplog, kind
+):
+    if kind == "no kernel":
+        gpu_is(RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might"))
+        reason = r"NVIDIA Relic 9: CUDA error: no kernel image is available; install the torch"
+    elif kind == "old driver":
+        monkeypatch.setattr(torch.cuda, "is_available", old_driver)
+        reason = r"CUDA initialization: The NVIDIA driver on your system is too old; install the"
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", None)
+        monkeypatch.setattr(device_module.os.path, "exists", lambda path: "nvidia" in path)
+        reason = r"this torch, \S+, is built without CUDA; install the torch build that fits GPU"
+    with pytest.raises(ConfigError, match=rf"^device=cuda: must be .*\({reason}") as error:
         select_device("cuda")
-
-
-def test_auto_prefers_cuda_then_mps(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_device("auto").type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert select_device("auto").type == "cuda"
-    assert select_device("cpu").type == "cpu"
+    assert describe(error.value)[1] == 2 and "take device=cpu" in str(error.value)
+    assert not caplog.records and select_device("auto") == CPU
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "since torch cannot use the GPU" in record.message
+    assert reason.split(r"\S+")[0] in record.message and "\n" not in record.message
 
 
 def test_float32_products_are_float32_whatever_the_environment_asks():
@@ -47,22 +88,21 @@ def test_float32_products_are_float32_whatever_the_environment_asks():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def cpu_with(monkeypatch, *capabilities):
-    there = dict.fromkeys(capabilities, True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
-
-
 def test_auto_precision_is_bf16_where_the_hardware_has_it(monkeypatch):
+    def cpu_with(*capabilities):
+        there = dict.fromkeys(capabilities, True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
+
     for capability in ("avx512_bf16", "amx_bf16"):
-        cpu_with(monkeypatch, "avx512_f", capability)
-        assert select_precision("auto", CPU) == torch.bfloat16
-    cpu_with(monkeypatch, "avx512_f", "avx2")
-    assert select_precision("auto", CPU) == torch.float32
+        cpu_with("avx512_f", capability)
+        assert select_precision("auto", CPU) == "bf16"
+    cpu_with("avx512_f", "avx2")
+    assert select_precision("auto", CPU) == "fp32" and select_precision("bf16", CPU) == "bf16"
     with monkeypatch.context() as older:  # torch before 2.13
         older.delattr(torch.cpu, "get_capabilities")
-        assert select_precision("auto", CPU) == torch.float32
-    assert select_precision("auto", MPS) == torch.float32
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        assert select_precision("auto", CPU) == "fp32"
+    assert select_precision("auto", MPS) == "fp32"
+    for native, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(
             torch.cuda,
             "is_bf16_supported",
@@ -74,166 +114,84 @@ def test_auto_precision_is_bf16_where_the_hardware_has_it(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
-def test_a_named_precision_is_taken_as_it_is(monkeypatch, name, dtype):
-    cpu_with(monkeypatch)
-    assert select_precision(name, CPU) == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_autocast_computes_in_the_precision(dtype):
+def test_autocast_computes_in_the_precision(name, dtype):
     layer = torch.nn.Linear(2, 2)
-    with autocast(CPU, dtype):
+    with autocast(CPU, name):
         assert layer(torch.ones(1, 2)).dtype == dtype
     assert layer.weight.dtype == torch.float32
 
 
+def test_a_tensor_is_copied_to_the_device(device):
+    x = torch.arange(6).view(2, 3)
+    copy = to_device(x, device)
+    assert copy.device.type == device.type and torch.equal(copy.cpu(), x)
+
+
+def double(x):
+    return 2 * x
+
+
 @pytest.fixture
-def trials(monkeypatch):
-    """The devices on which a trivial function was compiled; trials.error, if set, is raised."""
+def fail_in(monkeypatch):
+    """fail_in(part): torch.compile's compiler fails on that part of the graph, or on none."""
 
-    class Trials(list):
-        error = None
+    def fail_in(part):
+        def compiler(name):
+            def compile_graph(graph, inputs):
+                if name == part:
+                    raise OSError("failed to map segment\n  from shared object" + 300 * "x")
+                return make_boxed_func(graph.forward)
 
-    trials = Trials()
+            return compile_graph
 
-    def compile_function(f):
-        def compiled(x):
-            trials.append(x.device)
-            if trials.error is not None:
-                raise trials.error
-            return f(x)
+        backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile_function)
-    return trials
+    yield fail_in
+    torch.compiler.reset()
 
 
-META = torch.device("meta")
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_where_compiling_fails_auto_warns_once_and_true_is_refused(fail_in, caplog, part):
+    """The backward pass is compiled with the forward pass: nothing has run by then."""
+    fail_in(part)
+    x = torch.ones(2, requires_grad=True)
+    run = compile_static(double, "auto")
+    for _ in range(2):
+        assert run(x).tolist() == [2, 2]
+    run(x).sum().backward()
+    [record] = [record for record in caplog.records if record.name == "simclr"]
+    said = "warning: compile=auto does not compile on this machine (BackendCompilerFailed: "
+    assert record.message.startswith(said) and record.levelname == "WARNING"
+    assert "\n" not in record.message and len(record.message) < 300
+    with pytest.raises(ConfigError, match="compile=true: must be false or auto on this machine"):
+        compile_static(double, True)(x)
 
 
-def test_auto_compiles_runs_that_earn_the_time_back(trials, monkeypatch):
-    monkeypatch.setitem(device.COMPILE_PAYS, "meta", 20)
-    for where, enough in ((CPU, 200_000), (META, 20)):
-        assert select_compile("auto", where, enough) is True and trials.pop() == where
-        assert select_compile("auto", where, enough - 1) is False
-        assert select_compile("auto", where, enough, supported=False) is False
-    assert device.COMPILE_PAYS["cuda"] == 7_000_000
-    assert select_compile("auto", MPS, 10**12) is False
-    assert select_compile(False, CPU, 10**12) is False
-    assert not trials  # trying it takes seconds
-    assert select_compile(True, CPU, 1) is True and trials == [CPU]
+def test_an_error_of_the_function_is_not_one_of_the_compiler(fail_in, caplog):
+    fail_in(None)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        compile_static(stumble, "auto")(torch.ones(2))
+    assert not [record for record in caplog.records if record.name == "simclr"]
 
 
-def test_where_compiling_fails_auto_warns_and_true_is_refused(trials, caplog):
-    trials.error = RuntimeError("no\n  triton " + 500 * "x")
-    assert select_compile("auto", CPU, 10**12) is False
-    [record] = caplog.records
-    said = record.getMessage()
-    assert said.startswith(
-        "warning: compile=auto does not compile on this machine (RuntimeError: no triton xx"
-    )
-    assert record.levelname == "WARNING" and len(said) < 300
-    trials.error = ZeroDivisionError("division by zero")
-    message = r"compile=true: must be false or auto on this machine \(ZeroDivisionError: division"
-    with pytest.raises(ConfigError, match=message):
-        select_compile(True, CPU, 1)
+@torch.compiler.disable
+def stumble(x):
+    raise RuntimeError("a bug of ours")
 
 
-def test_no_trial_where_compiling_is_not_supported_warns_of_nothing(trials, caplog):
-    """Several ranks or recomputed activations: nothing is wrong with the machine."""
-    assert select_compile("auto", CPU, 10**12, supported=False) is False
-    assert not trials and not caplog.records
-
-
-TRAIN = [
-    "dataset=digits", "image_size=8", "batch_size=256", "hidden_dim=8", "projection_dim=4",
-    "knn_interval=0", "epochs=1", "device=cpu", "precision=fp32",
-]  # fmt: skip
-
-
-def failing_backend(monkeypatch, part):
-    """torch.compile whose compiler fails on `part` of the graph: "forward" or "backward"."""
-
-    def compiler(name):
-        def compile_graph(graph, inputs):
-            if name == part:
-                raise OSError("failed to map segment from shared object")
-            return make_boxed_func(graph.forward)
-
-        return compile_graph
-
-    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    ("part", "choice", "warm"),
-    [("forward", "auto", False), ("forward", "true", False), ("forward", "true", True),
-     ("backward", "auto", True)],
-)  # fmt: skip
-def test_what_cannot_be_compiled_is_one_line(call, thin, monkeypatch, part, choice, warm):
-    """Wherever it fails, in the trial or later (warm: the trial passes): auto loses nothing."""
-    monkeypatch.setitem(device.COMPILE_PAYS, "cpu", 0)
-    if warm:
-        monkeypatch.setattr(device, "select_compile", lambda *_: True)
-    failing_backend(monkeypatch, part)
-    code, error = call("simclr.py", *TRAIN, f"compile={choice}", "hydra.run.dir=run")
-    torch._dynamo.reset()
-    assert "Traceback" not in error
-    if choice == "true":
-        message = "error: compile=true: must be false or auto on this machine ("
-        assert code == 2 and error.splitlines()[-1].startswith(message)
-        return
-    said = "warning: compile=auto does not compile on this machine (BackendCompilerFailed: backend="
-    assert code == 0 and call.stdout.count(said) == 1 and "Error" not in error, error
-    code, error = call("simclr.py", *TRAIN, "compile=false", "hydra.run.dir=eager")
-    eager, auto = (Path(run, "metrics.jsonl").read_text() for run in ("eager", "run"))
-    assert without_times(auto) == without_times(eager)
-
-
-def without_times(metrics):
-    """A line of metrics.jsonl without what differs between any two runs."""
-    return {
-        k: v for k, v in json.loads(metrics).items() if k not in ("seconds", "views_per_second")
-    }
-
-
-def test_a_compiler_that_has_ceased_to_work_is_found_though_a_cache_is_warm(tmp_path):
-    script = tmp_path / "c++"
-    script.write_text('#!/bin/sh\nexec c++ "$@"\n')
-    script.chmod(0o755)
-    with inductor.patch({"cpp.cxx": (None, str(script))}):
-        torch._dynamo.reset()
-        assert select_compile(True, CPU, 1)
-        for broken in ("echo an internal error >&2; exit 1", "exit 0", "kill -9 $$"):
-            script.write_text(f"#!/bin/sh\n{broken}\n")
-            torch._dynamo.reset()
-            with pytest.raises(ConfigError, match="compile=true: must be false or auto") as error:
-                select_compile(True, CPU, 1)
-            said = str(error.value)
-            assert "\n" not in said and "TORCHDYNAMO_VERBOSE" not in said and len(said) < 300
-            assert "internal error" in said or "exit 1" not in broken
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("compiler", ["", "false", "/nowhere/c++"])
-def test_no_compiler_at_all_is_one_line(compiler):
-    torch._dynamo.reset()
+def test_a_machine_without_a_compiler_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     refused = pytest.raises(ConfigError, match="compile=true: must be false or auto")
-    with inductor.patch({"cpp.cxx": (None, compiler)}), refused as error:
-        select_compile(True, CPU, 1)
+    with inductor.patch({"cpp.cxx": (None, "/nowhere/c++")}), refused as error:
+        compile_static(double, True)(torch.ones(2))
     assert "\n" not in str(error.value) and "TORCHDYNAMO_VERBOSE" not in str(error.value)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def test_every_run_of_a_process_is_compiled(monkeypatch):
     """After eight forms of a function torch would go on with it as it is."""
     graphs = []
-
-    def double(x):
-        return 2 * x
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -241,7 +199,6 @@ def test_every_run_of_a_process_is_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for size in range(2, 12):
-        assert select_compile(True, CPU, 1)
         compile_static(double, True)(torch.zeros(size))
-    assert len(graphs) == 2 * 10
-    torch._dynamo.reset()
+    assert len(graphs) == 10
+    torch.compiler.reset()

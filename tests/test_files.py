@@ -1,194 +1,167 @@
-"""Writing a file whole or not at all, the lock of a directory, and what is moved aside."""
+"""Writing a file whole or not at all, the lock of a directory, and whose files those there are."""
 
 import errno
 import fcntl
+import json
 import logging
 import os
-import resource
-import signal
-import subprocess
-import sys
-from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from filelock import FileLock
 
 from system.errors import UserError
-from system.files import locked, move_aside, write_file
+from system.files import locked, move_aside, read_config, read_metrics, write_file
 
 
-@contextmanager
-def file_size_limit(size):
-    """As on a full disk: no file can grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_file_is_replaced_and_the_one_before_it_kept(tmp_path):
-    path, previous = tmp_path / "a", tmp_path / "b"
-    for content in (b"1", b"2", b"3"):
-        write_file(path, content, previous)
-    assert (path.read_bytes(), previous.read_bytes()) == (b"3", b"2")
-    write_file(path, b"4")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"4", "b": b"2"}
-
-
-def test_the_content_is_on_disk_before_the_name_and_the_folder_after_it(tmp_path, monkeypatch):
+def test_the_content_is_on_disk_before_the_name_and_the_directory_after_it(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace
 
     def record_fsync(descriptor):
         target = os.readlink(f"/proc/self/fd/{descriptor}")
-        done.append(("fsync", os.path.basename(target), os.path.exists(tmp_path / "a")))
+        done.append(("fsync", os.path.basename(target), (tmp_path / "a").exists()))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", lambda *names: done.append("replace") or replace(*names))
     write_file(tmp_path / "a", b"1")
     assert done == [("fsync", "a.tmp", False), "replace", ("fsync", tmp_path.name, True)]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1"}
 
 
-def test_on_a_full_disk_the_old_file_stays_and_the_space_is_named(tmp_path):
-    path, previous = tmp_path / "a", tmp_path / "b"
-    write_file(path, b"1", previous)
-    with file_size_limit(1000), pytest.raises(UserError) as error:
-        write_file(path, bytes(2_000_000), previous)
-    for part in (str(path), "File too large", "takes 2.0 MB", "are free there", "free up space"):
-        assert part in str(error.value)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"1"}
+@pytest.mark.parametrize("crash", [True, False])
+def test_what_comes_between_write_and_rename_leaves_the_old_file(tmp_path, monkeypatch, crash):
+    """A crash, which nothing catches, or a disk that is full, which is one line."""
+    write_file(tmp_path / "a", b"1")
+
+    def fail(descriptor):
+        raise KeyboardInterrupt if crash else OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)) as error:
+        patch.setattr(os, "fsync", fail)
+        write_file(tmp_path / "a", bytes(2_000_000))
+    assert (tmp_path / "a").read_bytes() == b"1"
+    if not crash:
+        assert not list(tmp_path.glob("*.tmp"))
+        reason = "a could not be written (No space left on device): it takes 2.0 MB; free up space"
+        assert reason in str(error.value)
+    write_file(tmp_path / "a", b"3")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"3"}
 
 
-def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
-    with pytest.raises(UserError, match=r"gone/a could not be written \(No such file"):
-        write_file(tmp_path / "gone" / "a", b"1")
-
-
-def test_a_lock_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path):
-    (tmp_path / "file").write_text("no directory")
-    (tmp_path / ".simclr.lock").mkdir()
-    for run_dir, reason in ((tmp_path / "file", "exists|Not a dir"), (tmp_path, "Is a directory")):
-        message = rf"{run_dir}/\.simclr\.lock cannot be written \(.*({reason}).*hydra\.run\.dir"
-        with pytest.raises(UserError, match=message), locked(run_dir, "simclr"):
-            pass
-
-
-def failing_flock(monkeypatch, number):
-    """Let the system call that filelock makes fail with this error number."""
-
-    def flock(descriptor, operation):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-
-
-def failing_acquire(monkeypatch, error):
-    """Let filelock itself fail, as it does where the system call is not there at all."""
-
-    def acquire(self, **arguments):
+def fail_with(error):
+    def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(FileLock, "acquire", acquire)
+    return fail
 
 
-NO_LOCKS = {
-    "ENOLCK": (failing_flock, errno.ENOLCK),
-    "ENOSYS": (failing_flock, errno.ENOSYS),
-    "EOPNOTSUPP": (failing_flock, errno.EOPNOTSUPP),
-    "NotImplementedError": (failing_acquire, NotImplementedError("no flock here")),
-}
-
-
-@pytest.mark.parametrize("case", NO_LOCKS)
+@pytest.mark.parametrize("call", ["flock", "acquire"])
 def test_on_a_file_system_without_locks_there_is_one_warning_and_the_block_runs(
-    tmp_path, monkeypatch, caplog, case
+    tmp_path, monkeypatch, caplog, call
 ):
-    fail, reason = NO_LOCKS[case]
-    fail(monkeypatch, reason)
-    for repetition in (1, 2):  # a file that the first one leaves does not lock the second one out
+    """filelock itself fails where the system call is not there at all."""
+    if call == "acquire":
+        monkeypatch.setattr(FileLock, "acquire", fail_with(NotImplementedError("no flock here")))
+    else:
+        monkeypatch.setattr(fcntl, "flock", fail_with(OSError(errno.ENOLCK, "No locks available")))
+    ran = []
+    for _ in range(2):  # a file that the first one leaves does not lock the second one out
         with locked(tmp_path, "simclr"):
-            (tmp_path / f"ran{repetition}").write_text("")
-        assert (tmp_path / f"ran{repetition}").exists()
-        [record] = caplog.records
-        assert record.levelname == "WARNING" and record.getMessage() == (
-            f"warning: {tmp_path} is on a file system without locks: start one simclr.py"
-        )
-        caplog.clear()
+            ran.append(1)
+    warning = f"warning: {tmp_path} is on a file system without locks: start one simclr.py"
+    assert ran == [1, 1] and caplog.messages == [warning, warning]
 
 
-def test_a_lock_that_fails_for_another_reason_is_refused(tmp_path, monkeypatch, caplog):
-    failing_flock(monkeypatch, errno.EIO)
-    with (
-        pytest.raises(UserError, match=r"\.simclr\.lock cannot be written \(Input/output error"),
-        locked(tmp_path, "simclr"),
-    ):
-        pass
-    assert not caplog.records
-
-
-def test_an_error_within_the_block_is_not_taken_for_one_of_the_lock(tmp_path, caplog):
-    for error in (OSError(errno.ENOLCK, "no locks"), NotImplementedError("in the block")):
-        with pytest.raises(type(error), match=str(error.args[-1])), locked(tmp_path, "simclr"):
-            raise error
-    assert not caplog.records
-    with locked(tmp_path, "simclr"):  # and the lock was released
-        pass
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from system.files import locked
-with locked(Path(sys.argv[1]), "simclr"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_folder_is_one_process_s_until_that_ends_however_it_ends(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    holder = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(UserError, match=r"in use by another simclr\.py: .*hydra\.run\.dir"),
-            locked(tmp_path, "simclr"),
-        ):
-            pass
-        with locked(tmp_path, "simclr", needed=False):  # one rank locks for all
-            pass
-        with locked(tmp_path, "simclr_lin"):  # an evaluation beside a training is no conflict
-            pass
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        holder.stdout.close()
+def test_a_lock_that_is_held_or_fails_for_another_reason_is_refused(tmp_path, monkeypatch, caplog):
+    """Within the block nothing is caught, and after it the lock is free again."""
     for _ in range(2):
-        with locked(tmp_path, "simclr"):
-            pass
+        with pytest.raises(OSError, match="of the block"), locked(tmp_path, "simclr"):
+            in_use = (
+                r"in use by another simclr\.py: wait until that ends, or choose another run dir"
+            )
+            with pytest.raises(UserError, match=in_use), locked(tmp_path, "simclr"):
+                pass
+            with locked(tmp_path, "simclr_lin"):  # an evaluation beside a training is no conflict
+                raise OSError(errno.ENOLCK, "of the block")
+    (tmp_path / "file").write_text("no directory")
+    message = r"file cannot be written \(.*(exists|Not a dir).*: choose another run directory"
+    with pytest.raises(UserError, match=message), locked(tmp_path / "file", "simclr"):
+        pass
+    monkeypatch.setattr(fcntl, "flock", fail_with(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match=r"\(Input/output error\)"), locked(tmp_path, "simclr"):
+        pass
+    assert not caplog.records
+
+
+OURS = {"backbone": "resnet18", "projection_dim": 8, "hidden_dim": 16, "cifar_stem": True,
+        "image_size": 8, "temperature": 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "3", "[1, 2]", "hello", "a: 1", "a: 1\na: 2", "a: ${b", "a: !!int x", "a: &a [*a]",
+     "a: 1\n---\nb: 2", "!!python/object/apply:os.mkdir [sprung]", "[" * 500, b"\xff\xfe\0"],
+)  # fmt: skip
+def test_a_config_of_another_program_or_a_damaged_one_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"^config\.yaml (is|cannot be read)") as error:
+        read_config(Path())
+    assert "\n" not in str(error.value) and not Path("sprung").exists()
+
+
+def test_metrics_are_read_but_for_half_a_line_and_refused_if_damaged(tmp_path):
+    assert read_metrics(tmp_path) == []
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"ep')
+    assert read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
+    for line, reason in (("{]", "damaged"), ("[1]", "of another"), ('{"a": 1}', "of another")):
+        path.write_text(f'{{"epoch": 1}}\n{line}\n')
+        with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2 is {reason}"):
+            read_metrics(tmp_path)
+
+
+RESULTS = json.dumps({"sha256": "", "protocols": []})
+RUN = {  # what a run, its evaluation and its pictures write
+    "config.yaml": json.dumps(OURS), "metrics.jsonl": "", "simclr.log": "", "simclr_lin.log": "",
+    "simclr_resnet18_epoch3.pt": "", "simclr_wide_resnet50_2_last.pt": "", "curves.svg": "",
+    "events.out.tfevents.1.host.2.3.simclr": "", "results.json": RESULTS, "results.md": "",
+    "results_labels0.1.json": RESULTS, "results_labels0.1.md": "", "confusion.png": "",
+    "predictions.csv": "file,class,probability\n",
+}  # fmt: skip
+FOREIGN = {
+    "figure.png": "", "thesis.svg": "", "notes.log": "", "views.py": "", "curves.csv": "",
+    "results_old.md": "", "results2.json": "[]", "results2.md": "", "model.pt": "",
+    "events.out.tfevents.1.host": "", "simclr_notes.pt": "", "simclr_resnet18_epoch3.pt.bak": "",
+}  # fmt: skip
+
+
+def write_all(directory: Path, contents: dict[str, str]) -> None:
+    for name, content in contents.items():
+        (directory / name).write_text(content)
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.name[0] != "."}
 
 
 def test_files_of_a_run_are_moved_and_no_others(tmp_path):
-    ours = ["simclr_resnet18_epoch3.pt", "simclr_resnet18_last.pt", "config.yaml", "results.json",
-            "metrics.jsonl", "events.out.tfevents.1.x.2", "results_labels0.1.md", "curves.png",
-            "simclr.log", "failure.json", "predictions.csv"]  # fmt: skip
-    for name in [*ours, "notes.txt", ".simclr.lock"]:
-        (tmp_path / name).write_text(name)
-    assert move_aside(tmp_path) == tmp_path / "old-1"
-    assert {path.name for path in (tmp_path / "old-1").iterdir()} == set(ours)
-    assert {path.name for path in tmp_path.iterdir()} == {"old-1", "notes.txt", ".simclr.lock"}
-    assert move_aside(tmp_path) is None
-    (tmp_path / "config.yaml").write_text("new")
-    assert move_aside(tmp_path) == tmp_path / "old-2"
-    assert (tmp_path / "old-1" / "config.yaml").read_text() == "config.yaml"
+    write_all(tmp_path, {**RUN, **FOREIGN})
+    move_aside(tmp_path)
+    assert names(tmp_path / "old-1") == set(RUN) and names(tmp_path) == {"old-1", *FOREIGN}
+    move_aside(tmp_path)
+    assert names(tmp_path) == {"old-1", *FOREIGN}
+    write_all(tmp_path, {"config.yaml": "new", "results.md": "mine", "predictions.csv": "id,label"})
+    move_aside(tmp_path)
+    assert names(tmp_path / "old-2") == {"config.yaml"}
+    assert (tmp_path / "old-1" / "config.yaml").read_text() == RUN["config.yaml"]
 
 
 def test_an_open_log_is_moved_with_the_old_run_and_the_new_run_has_its_own(tmp_path, monkeypatch):
     """A message may have opened it before the old files are moved."""
+    (tmp_path / "config.yaml").write_text("")
     log = logging.FileHandler(tmp_path / "simclr.log", delay=True)
     monkeypatch.setattr(logging.getLogger(), "handlers", [log])
     logging.getLogger().warning("before")
@@ -196,4 +169,47 @@ def test_an_open_log_is_moved_with_the_old_run_and_the_new_run_has_its_own(tmp_p
     logging.getLogger().warning("after")
     log.close()
     assert (tmp_path / "old-1" / "simclr.log").read_text() == "before\n"
-    assert (tmp_path / "simclr.log").read_text() == "after\n"
+    assert (tmp_path / "simclr.log").read_text().endswith("after\n")
+
+
+@pytest.fixture
+def train(thin, toy, call, tmp_path):
+    """train(overrides): the command in the directory `work`, which is also the run directory."""
+    (tmp_path / "work").mkdir()
+    data = ["dataset=folder", f"data_dir={tmp_path}/images", "image_size=8", "batch_size=8"]
+    small = ["device=cpu", "epochs=1", "projection_dim=8", "hidden_dim=16", "hydra.run.dir=."]
+
+    def train(*overrides):
+        os.chdir(tmp_path / "work")
+        return call("simclr.py", *data, *small, *overrides)
+
+    return train
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_files_of_others_are_neither_moved_nor_replaced(train, tmp_path, resume):
+    """A run in a directory of something else, and a second one that starts over there."""
+    work = tmp_path / "work"
+    others = "results.json", "results.md", "predictions.csv", "curves.png"
+    mine = {name: f"{name} of mine" for name in (*FOREIGN, *others)}
+    write_all(work, mine)
+    code, error = train(f"resume={resume}")
+    assert code == 0, error
+    assert {name: (work / name).read_text() for name in mine} == mine
+    assert not list(work.glob("old-*"))
+    del mine["curves.png"]  # beside a run it is taken for a picture of plot.py
+    code, error = train("resume=false")
+    assert code == 0, error
+    assert {name: (work / name).read_text() for name in mine} == mine
+    assert "simclr_resnet18_epoch1.pt" in names(work / "old-1")
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_where_a_run_would_replace_a_file_of_others_it_is_refused(train, tmp_path, resume, name):
+    write_all(tmp_path / "work", {name: "name: mine", "figure.png": "mine", "results.md": "mine"})
+    code, error = train(f"resume={resume}")
+    assert code == 1 and error.startswith(f"error: {name} is not of") and error.count("\n") == 1
+    assert "choose another run directory with hydra.run.dir=PATH" in error
+    assert names(tmp_path / "work") == {name, "figure.png", "results.md"}
+    assert (tmp_path / "work" / name).read_text() == "name: mine"

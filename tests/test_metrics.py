@@ -1,18 +1,25 @@
-"""Alignment and uniformity against their definitions, and the means of an epoch."""
+"""Diagnostics against their definitions, collapse, and a TensorBoard that does not work."""
 
+import json
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
+import simclr
+from models import nt_xent
 from training.metrics import (
     alignment,
-    collapsed,
     epoch_means,
+    is_collapsed,
     is_finite,
-    read_metrics,
     spread,
+    summary,
     uniformity,
+    warn_of_collapse,
 )
 
 
@@ -33,9 +40,15 @@ def test_alignment_and_uniformity_at_their_ends():
     assert uniformity(torch.tensor([[1.0, 0], [-1, 0]])) == pytest.approx(-8)
 
 
+def test_the_spread_of_z_is_simsiams():
+    z = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+    assert spread(z).item() == pytest.approx(1 / 4, rel=0.01) and spread(4 * z) == spread(z)
+    assert spread(z[:1].expand(8, 16)).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_half_precision_is_computed_in_float32_and_nothing_gets_a_gradient():
     z = torch.randn(8, 4, dtype=torch.bfloat16, requires_grad=True)
-    for value in (alignment(z, z + 1), uniformity(z)):
+    for value in (alignment(z, z + 1), uniformity(z), spread(z)):
         assert value.dtype == torch.float32 and not value.requires_grad
 
 
@@ -49,18 +62,6 @@ def test_epoch_means_leave_out_gradients_that_overflowed():
     assert epoch_means(steps[1:2])["gradient_norm"] is None
 
 
-def test_the_spread_of_z_is_simsiams_and_says_with_the_accuracy_what_has_collapsed():
-    z = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
-    assert spread(z).item() == pytest.approx(1 / 4, rel=0.01) and spread(4 * z) == spread(z)
-    assert spread(z[:1].expand(8, 16)).item() == pytest.approx(0, abs=1e-6)
-    chance = 1 / (2 * 64 - 1)
-    for z_std, accuracy, expected in (
-        (0.02, chance, True), (0.02, 3 * chance, False), (0.05, chance, False), (0.25, 0.5, False),
-    ):  # fmt: skip
-        line = {"z_std": z_std, "contrastive_accuracy": accuracy}
-        assert collapsed(line, batch_size=64, projection_dim=16) == expected
-
-
 def test_what_is_finite_depends_on_the_scaler_for_the_gradient_alone():
     for loss, norm, without, scaled in (
         (1.0, 1.0, True, True), (1.0, math.inf, False, True), (1.0, math.nan, False, True),
@@ -70,7 +71,53 @@ def test_what_is_finite_depends_on_the_scaler_for_the_gradient_alone():
         assert (is_finite(values, False), is_finite(values, True)) == (without, scaled)
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    assert read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
-    assert read_metrics(tmp_path / "nowhere") == []
+def test_collapsed_is_a_small_spread_with_the_accuracy_of_chance_and_is_said_once(config, caplog):
+    cfg = config("batch_size=64", "projection_dim=16")
+    chance = 1 / (2 * 64 - 1)
+    for z_std, accuracy, expected in (
+        (0.02, chance, True), (0.02, 3 * chance, False), (0.05, chance, False), (0.25, 0.5, False),
+    ):  # fmt: skip
+        line = {"z_std": z_std, "contrastive_accuracy": accuracy}
+        assert is_collapsed(line, cfg) == expected
+    fine, flat = ({"z_std": z, "contrastive_accuracy": chance} for z in (0.25, 0.02))
+    warnings = []
+    for n in range(1, 6):
+        warn_of_collapse([fine, flat, flat, fine, flat][:n], cfg)
+        warnings.append(len(caplog.records))
+    assert warnings == [0, 1, 1, 1, 1] and "in epoch 2 all images have nearly the" in caplog.text
+
+
+def test_the_last_line_names_loss_and_accuracy_of_a_collapsed_encoder(config):
+    line = {"epoch": 9, "loss": 5.1787, "contrastive_accuracy": 0.866, "knn_acc": None}
+    assert summary(line, config("batch_size=512")) == (
+        "epoch 9: loss 5.1787 (collapsed: 6.9305), contrastive accuracy 86.6% (collapsed: 0.1%)"
+    )
+    z = torch.ones(2, 512, 8)  # log(2N - 1), as the loss itself gives
+    assert f"{nt_xent(*z)[0].item():.4f}" == "6.9305"
+
+
+class Broken(ModuleType):
+    """A module whose import raises, as that of a protobuf that does not fit."""
+
+    def __getattr__(self, name: str) -> None:
+        raise TypeError("Descriptors cannot be created directly")
+
+
+def full_disk(self: SummaryWriter) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("cause", ["Descriptors", "No space left"])
+def test_a_tensorboard_that_does_not_work_is_one_warning(
+    thin, toy, tmp_path, monkeypatch, caplog, cause
+):
+    """metrics.jsonl has everything."""
+    if cause == "Descriptors":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken("tensorboard"))
+    else:
+        monkeypatch.setattr(SummaryWriter, "flush", full_disk)
+    simclr.pretrain(toy("epochs=3"), tmp_path)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and cause in warnings[0] and "metrics.jsonl has it" in warnings[0]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]

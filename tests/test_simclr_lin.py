@@ -1,41 +1,38 @@
-"""Evaluation: frozen, on h, all labels, nothing chosen on the test set; and what it writes."""
+"""simclr_lin.py: frozen, on h, all labels, nothing chosen on the test set; and what it writes."""
 
 import csv
 import hashlib
 import json
 import math
-import re
 import shutil
-from functools import partial
-from statistics import mean, stdev
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import slowed
+from conftest import REPOSITORY
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 
 import simclr
 import simclr_lin
-from config import PROTOCOLS
-from evaluation import classifiers, protocols
-from evaluation import results as report
+from config import PROTOCOLS, ConfigError
+from evaluation import classifiers, features, protocols
+from evaluation.results import add_row, table
+from images.datasets import Split
 from models import SimCLR
 from system.checkpoint import load_checkpoint
-from system.errors import ConfigError, UserError
+from system.errors import UserError
 
-PEAK = "finetune_learning_rate"
+FILE = "simclr_resnet18_epoch2.pt"
 FROZEN = "protocols=[knn,linear,linear_clean,logistic]"
+ALL = f"protocols=[{','.join(PROTOCOLS)}]"
 
 
 @pytest.fixture
 def checkpoint(thin, trained, tmp_path):
     """A copy of the checkpoint of a toy run of two epochs, in a directory of its own."""
     (tmp_path / "run").mkdir()
-    file = tmp_path / "run" / "simclr_resnet18_epoch2.pt"
-    return shutil.copy(trained / file.name, file)
+    return Path(shutil.copy(trained / FILE, tmp_path / "run" / FILE))
 
 
 @pytest.fixture
@@ -43,14 +40,14 @@ def evaluate(toy, checkpoint):
     """evaluate("seed=1", …): the results of the toy checkpoint, written to its directory."""
 
     def run(*overrides):
-        return simclr_lin.evaluate(toy(*overrides, peak=PEAK), checkpoint, checkpoint.parent)
+        return simclr_lin.evaluate(toy(*overrides), checkpoint, checkpoint.parent)
 
     return run
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    """The encoders, what they were called with, and the trained models of an evaluation."""
+    """The encoders of an evaluation, each of their calls, and the trained models."""
     seen = {"encoders": [], "calls": [], "trained": []}
     build, train = simclr_lin.build_encoder, classifiers.train_classifier
 
@@ -59,17 +56,31 @@ def spy(monkeypatch):
         seen["calls"].append((enc.training, output.requires_grad, side, n))
 
     def build_and_record(*args):
-        enc, dim = build(*args)
+        enc = build(*args)
         seen["encoders"].append(enc)
         enc.register_forward_hook(record_call)
-        return enc, dim
+        return enc
 
-    def train_and_record(model, inputs, task, index, *args, **candidate):
-        train(model, inputs, task, index, *args, **candidate)
-        seen["trained"].append((model, index.tolist(), candidate))
+    def train_and_record(model, make_input, task, index, settings, **options):
+        train(model, make_input, task, index, settings, **options)
+        seen["trained"].append((model, index.tolist(), settings))
 
     monkeypatch.setattr(simclr_lin, "build_encoder", build_and_record)
     monkeypatch.setattr(classifiers, "train_classifier", train_and_record)
+    return seen
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """What each protocol was given, by name, in order."""
+    seen = []
+    for name, function in protocols.RUN.items():
+
+        def record(task, name=name, function=function):
+            seen.append((name, task))
+            return function(task)
+
+        monkeypatch.setitem(protocols.RUN, name, record)
     return seen
 
 
@@ -78,13 +89,18 @@ def rows(results):
     return {(row["encoder"], row["protocol"]): row for row in results["protocols"]}
 
 
+def same_weights(enc, checkpoint):
+    """Whether all tensors of the encoder are those of the checkpoint, to the bit."""
+    saved = load_checkpoint(checkpoint)["model"]
+    return all(torch.equal(value, saved[f"enc.{key}"]) for key, value in enc.state_dict().items())
+
+
 def test_results_are_written_with_their_source(evaluate, checkpoint):
     results = evaluate("protocols=[knn,linear]")
     assert json.loads((checkpoint.parent / "results.json").read_text()) == results
     assert results["epoch"] == 2 and results["checkpoint"] == str(checkpoint)
     assert results["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert results["config"] == load_checkpoint(checkpoint)["config"]
-    assert results["evaluation_config"]["seed"] == 42
     assert results["evaluation_config"]["protocols"] == ["knn", "linear"]
     assert results["backbone"] == "resnet18" and results["dataset"] == "folder"
     assert (results["training_images"], results["test_images"]) == (24, 9)
@@ -101,160 +117,197 @@ def test_results_are_written_with_their_source(evaluate, checkpoint):
         "views": 2, "epochs": 2, "batch_size": 8, "learning_rate": pytest.approx(0.1 * 8 / 256),
         "weight_decay": 0,
     }  # fmt: skip
+    text = (checkpoint.parent / "results.md").read_text()
+    assert results["sha256"] in text and "24 labelled training images, 9 test images" in text
+    assert text.endswith(table(results) + "\n") and f"{results['linear_acc']:.2%}"[:-1] in text
     assert not list(checkpoint.parent.glob("*.tmp"))
 
 
-def test_the_table_is_written_to_be_pasted(evaluate, checkpoint):
-    results = evaluate("runs=2", "finetune_learning_rate=[0.002,0.01]")
-    text = (checkpoint.parent / "results.md").read_text()
-    assert (
-        hashlib.sha256(checkpoint.read_bytes()).hexdigest() in text
-        and "24 labelled training images, 9 test images" in text
-    )
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[0] == ["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run",
-                        "settings"]  # fmt: skip
-    knn, linear = cells[2], cells[4]
-    assert knn[:4] == ["checkpoint", "knn", f"{100 * results['knn_acc']:.2f}", "1"]
-    row = rows(results)["checkpoint", "linear"]
-    assert linear[2] == f"{100 * row['accuracy']:.2f} ± {100 * row['std']:.2f}"
-    assert re.fullmatch(
-        r"epochs 2, batch size 8, views 2; learning rate 0\.\d+, weight decay 0"
-        r"( or learning rate 0\.\d+, weight decay 0)?, "
-        r"the best of 2 on 3 held-out training images",
-        linear[6],
-    )
-    assert len({len(line) for line in table}) == 1
+def outcome(accuracy, **changes):
+    """What `score` returns, of three classes, for one run."""
+    counts = torch.tensor([[1, 2, 0], [0, 3, 0], [0, 3, 0]])
+    found = {"accuracy": accuracy, "top5": None, "confusion": counts, "seconds": 1.0}
+    return {**found, "settings": {}, "selection": None, **changes}
 
 
-def test_per_class_accuracy_and_confusion_matrix_are_the_headlines(evaluate, monkeypatch):
-    """Predictions that are all class 1, and then all but the first."""
-    monkeypatch.setattr(
-        simclr_lin,
-        "run_protocols",
-        lambda *args: [("linear", protocols.ProtocolResult(torch.eye(3)[[0] + [1] * 8], {}), 1.0)],
-    )
-    results = evaluate("protocols=[linear]", "runs=2")
-    assert results["classes"] == ["class0", "class1", "class2"]
-    assert results["confusion"] == [[2, 4, 0], [0, 6, 0], [0, 6, 0]]  # two runs, nine images
-    assert results["per_class_accuracy"] == pytest.approx(
-        {"class0": 1 / 3, "class1": 1, "class2": 0}
-    )
+def test_a_row_is_the_mean_of_its_runs_and_the_deviation_of_a_sample():
+    """Of 2, 4, 4, 4, 5, 5, 7 and 9 the mean is 5, the population's deviation 2, the sample's
+    √(32 / 7)."""
+    runs = [outcome(n / 10) for n in (2, 4, 4, 4, 5, 5, 7, 9)]
+    results = {"protocols": [], "classes": ["a", "b", "c"]}
+    add_row(results, "random", "linear", runs)
+    [row] = results["protocols"]
+    assert row["accuracy"] == pytest.approx(0.5) and row["n"] == 8
+    assert row["std"] == pytest.approx(math.sqrt(32 / 7) / 10)
+    assert f"| 50.00 ± {10 * math.sqrt(32 / 7):.2f} | 8 |" in table(results)
+    assert results["linear_acc"] is None and "confusion" not in results  # of the checkpoint alone
+    add_row(results, "checkpoint", "linear", [outcome(0.4, top5=0.5), outcome(0.6, top5=0.7)])
+    assert [row["encoder"] for row in results["protocols"]] == ["checkpoint", "random"]
+    assert (results["linear_acc"], results["knn_acc"]) == (0.5, None)
+    assert results["linear_top5"] == pytest.approx(0.6)
+    assert results["confusion"] == [[2, 4, 0], [0, 6, 0], [0, 6, 0]]
+    assert results["per_class_accuracy"] == pytest.approx({"a": 1 / 3, "b": 1, "c": 0})
 
 
-def test_the_headline_is_the_checkpoints_whatever_the_baselines():
-    rows = [
-        {"encoder": encoder, "protocol": protocol, "accuracy": share, "top5": share}
-        for encoder, share in (("checkpoint", 0.9), ("random", 0.3), ("pixels", 0.2))
-        for protocol in ("knn", "linear")
-    ]
-    expected = {"linear_acc": 0.9, "linear_top5": 0.9, "knn_acc": 0.9}
-    assert report.headline(rows) == expected
-
-
-def test_top_5_is_the_share_of_labels_among_the_five_best_and_its_mean():
-    result = protocols.ProtocolResult(torch.arange(10.0).expand(10, 10), {})
-    found = report.score(result, torch.arange(10), 1.0)
+def test_scores_are_compared_with_the_labels():
+    result = protocols.Result(torch.eye(3)[[0, 1, 1, 1]], {})
+    found = simclr_lin.score(result, torch.tensor([0, 0, 1, 2]))
+    assert found["accuracy"] == 0.5 and found["top5"] is None
+    assert found["confusion"].tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+    ten = protocols.Result(torch.arange(10.0).expand(10, 10), {})
+    found = simclr_lin.score(ten, torch.arange(10))
     assert (found["accuracy"], found["top5"]) == (0.1, 0.5)
-    runs = [found, {**found, "top5": 0.7, "seconds": 3.0}]
-    row = report.summarise("checkpoint", "linear", runs)
-    assert row["top5"] == pytest.approx(0.6) and row["seconds"] == 2
+    assert simclr_lin.score(ten._replace(settings={"k": 10}), torch.arange(10))["top5"] is None
 
 
-def test_top_5_is_reported_from_ten_classes_up(toy, write_images, checkpoint, tmp_path):
-    data = write_images(tmp_path / "ten", classes=10, train=2, test=1)
-    cfg = toy(f"data_dir={data}", peak=PEAK)
-    results = simclr_lin.evaluate(cfg, checkpoint, tmp_path)
-    assert results["linear_acc"] <= results["linear_top5"] <= 1
-    assert rows(results)["checkpoint", "knn"]["top5"] is None
+def test_rows_of_the_same_checkpoint_and_settings_stay(evaluate, checkpoint):
+    first = evaluate("protocols=[linear]", "baselines=[pixels]")
+    both = evaluate("protocols=[knn]", "log_interval=7", "runs=2")
+    assert list(rows(both)) == [
+        ("checkpoint", "linear"), ("checkpoint", "knn"), ("checkpoint", "weighted_knn"),
+        ("pixels", "linear"),
+    ]  # fmt: skip
+    for key in ("linear_acc", "confusion", "per_class_accuracy"):
+        assert both[key] == first[key]
+    assert both["knn_acc"] is not None
+    assert json.loads((checkpoint.parent / "results.json").read_text()) == both
+    assert "| linear " in (checkpoint.parent / "results.md").read_text()
+    newer = evaluate("protocols=[linear]", "runs=2")
+    assert list(rows(newer)) == list(rows(both))
+    assert rows(newer)["checkpoint", "linear"]["n"] == 2
+    assert rows(newer)["pixels", "linear"] == rows(first)["pixels", "linear"]
 
 
-@pytest.fixture
-def plain_colors(tmp_path):
+@pytest.mark.parametrize("change", ["seed=5", "finetune_epochs=3", "data_dir", "checkpoint"])
+def test_other_rows_are_dropped(evaluate, checkpoint, write_images, tmp_path, change):
+    """Of another checkpoint, of other data, or with other settings."""
+    evaluate("protocols=[linear]")
+    if change == "data_dir":
+        change = f"data_dir={write_images(tmp_path / 'other', train=8, test=3)}"
+    if change == "checkpoint":
+        torch.save({**torch.load(checkpoint, weights_only=True), "epoch": 3}, checkpoint)
+        change = "seed=42"
+    results = evaluate("protocols=[knn]", change)
+    assert list(rows(results)) == [("checkpoint", "knn"), ("checkpoint", "weighted_knn")]
+    assert results["linear_acc"] is None and "confusion" not in results
+
+
+def test_finished_protocols_are_kept_whatever_ends_the_others(evaluate, checkpoint, monkeypatch):
+    for end in (KeyboardInterrupt(), OSError(28, "No space left")):
+
+        def fail(task, end=end):
+            raise end
+
+        monkeypatch.setitem(protocols.RUN, "linear_clean", fail)
+        with pytest.raises(type(end)):
+            evaluate(FROZEN)
+        results = json.loads((checkpoint.parent / "results.json").read_text())
+        assert [name for _, name in rows(results)] == ["knn", "weighted_knn", "linear"]
+        assert results["linear_acc"] is not None and results["confusion"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("results.json", '{"accuracy": 1}'), ("results.json", "[1"), ("results.md", "notes")],
+)
+def test_results_of_another_program_are_never_replaced(evaluate, checkpoint, spy, name, content):
+    file = checkpoint.parent / name
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"{name} was not written by simclr_lin.py: move it away"):
+        evaluate()
+    assert file.read_text() == content and not spy["calls"]
+    assert {path.name for path in checkpoint.parent.iterdir()} == {FILE, name}
+
+
+@pytest.fixture(scope="module")
+def plain_colors(tmp_path_factory):
     """Classes that any classifier can tell: red, green or blue with noise; 8 and 12 a class."""
-    rng = np.random.default_rng(0)
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("colors")
     for split, count in (("train", 8), ("test", 12)):
         for label in range(3):
-            folder = tmp_path / "colors" / split / f"class{label}"
+            folder = root / split / f"class{label}"
             folder.mkdir(parents=True)
             for n in range(count):
                 pixels = rng.integers(0, 60, (12, 12, 3), dtype=np.uint8)
                 pixels[..., label] += 150
                 Image.fromarray(pixels).save(folder / f"{n}.png")
-    return tmp_path / "colors"
+    return root
 
 
-ALL = f"protocols=[{','.join(PROTOCOLS)}]"
+EASY = "finetune_epochs=12", "finetune_learning_rate=0.1"
 
 
-@pytest.fixture
-def easy(evaluate, plain_colors):
-    """evaluate with classes that are easily told, and settings that suffice for it."""
+def change_test_set(monkeypatch, change):
+    """Let `load_split` return another test set."""
+    load = simclr_lin.load_split
+    monkeypatch.setattr(
+        simclr_lin,
+        "load_split",
+        lambda cfg, name: change(load(cfg, name)) if name == "test" else load(cfg, name),
+    )
 
-    def run(*overrides):
-        settings = f"data_dir={plain_colors}", "finetune_epochs=30", "finetune_learning_rate=0.05"
-        return evaluate(*settings, *overrides)
 
-    return run
-
-
-def test_every_protocol_tells_classes_that_are_easy_to_tell(easy, monkeypatch):
-    """And scores by the labels of the test set."""
-    found = rows(easy(ALL, "baselines=[random,pixels]"))
+def test_every_protocol_tells_classes_that_are_easy_to_tell(evaluate, plain_colors, monkeypatch):
+    """And is scored by the labels of the test set."""
+    easy = f"data_dir={plain_colors}", *EASY, ALL
+    found = rows(evaluate(*easy, "baselines=[random,pixels]"))
     names = "knn", "weighted_knn", "linear", "linear_clean", "logistic", "finetune"
     assert list(found) == [
         *(("checkpoint", name) for name in names),
         *(("random", name) for name in names),
-        *(("pixels", name) for name in names[:5]),
+        *(("pixels", name) for name in names[:5]),  # which have no network to fine-tune
     ]
     assert all(row["accuracy"] >= 0.95 for row in found.values()), found
-    load = simclr_lin.load_split
-
-    def shuffled(dataset, data_dir, split, *args):
-        loaded = load(dataset, data_dir, split, *args)
-        return loaded._replace(labels=loaded.labels.roll(1)) if split == "test" else loaded
-
-    monkeypatch.setattr(simclr_lin, "load_split", shuffled)  # 3 of 36 labels are wrong now
-    found = rows(easy(ALL))
+    change_test_set(monkeypatch, lambda split: split._replace(labels=split.labels.roll(1)))
+    found = rows(evaluate(*easy, "seed=1"))  # 3 of 36 labels are wrong now
     assert all(row["accuracy"] <= 33 / 36 + 1e-6 for row in found.values()), found
 
 
 def test_the_encoder_is_the_checkpoints_before_and_after(evaluate, spy, checkpoint):
     evaluate(FROZEN)
-    saved = load_checkpoint(checkpoint)["model"]
-    after = spy["encoders"][0].state_dict()
-    assert all(torch.equal(value, saved[f"enc.{key}"]) for key, value in after.items())
+    assert same_weights(spy["encoders"][0], checkpoint)
     assert spy["calls"] and {call[:2] for call in spy["calls"]} == {(False, False)}
 
 
-def test_every_protocol_is_given_h_of_the_whole_split(evaluate, checkpoint, toy, monkeypatch):
-    """Not z; the bank of kNN has the training images and no test image."""
-    saved = load_checkpoint(checkpoint)
+@pytest.mark.parametrize("protocol", ["knn", "linear", "linear_clean", "logistic", "finetune"])
+@pytest.mark.parametrize("place", ["enc.train()", "weights"])
+def test_a_protocol_that_moves_the_encoder_fails(
+    evaluate, checkpoint, monkeypatch, place, protocol
+):
+    """The two bugs of the published repository, put into each protocol: there is no row of it."""
+    run = protocols.RUN[protocol]
+
+    @torch.no_grad()
+    def move(task):
+        if place == "enc.train()":
+            task.enc.train()(torch.rand(4, 3, 8, 8))
+        else:
+            next(task.enc.parameters()).add_(1e-6)
+
+    def unfrozen(task):
+        move(task)
+        return run(task)
+
+    monkeypatch.setitem(protocols.RUN, protocol, unfrozen)
+    with pytest.raises(RuntimeError, match="the frozen encoder has changed"):
+        evaluate(f"protocols=[{protocol}]")
+    assert not (checkpoint.parent / "results.json").exists()
+
+
+def test_every_protocol_is_given_h_of_all_images(evaluate, checkpoint, toy, tasks):
+    """Not z; of the test set no labels."""
     model = SimCLR()
-    model.load_state_dict(saved["model"])
-    cfg = toy()
-    expected = [
-        model.eval().enc(simclr_lin.load_split("folder", cfg.data_dir, s, 8).images / 255)
-        for s in ("train", "test")
-    ]
-    seen = []
-    run = {name: f for name, f in protocols.RUN.items() if name != "finetune"}
-    for name, function in run.items():
-        monkeypatch.setitem(
-            protocols.RUN, name, lambda task, f=function: seen.append(task) or f(task)
-        )
-    banks = []
-    knn = protocols.knn_scores
-    monkeypatch.setattr(
-        protocols, "knn_scores", lambda *args, **kw: banks.append((args, kw)) or knn(*args, **kw)
-    )
-    evaluate(FROZEN, "precision=fp32")
-    assert len(seen) == 5
-    assert [kw for _, kw in banks] == [{"k": 10}, {"k": 200, "temperature": 0.07}]
-    for h, test_h in [(t.h, t.test_h) for t in seen] + [(b[0], b[2]) for b, _ in banks]:
-        torch.testing.assert_close(h, expected[0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(test_h, expected[1], atol=1e-5, rtol=1e-4)
+    model.load_state_dict(load_checkpoint(checkpoint)["model"])
+    splits = [simclr_lin.load_split(toy(), name) for name in ("train", "test")]
+    with torch.no_grad():
+        expected = [model.eval().enc(split.images / 255) for split in splits]
+    evaluate(ALL, "precision=fp32")
+    assert [name for name, _ in tasks] == [*protocols.RUN]
+    for _, task in tasks:
+        torch.testing.assert_close(task.h, expected[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(task.test_h, expected[1], atol=1e-5, rtol=1e-4)
+        assert torch.equal(task.train.labels, splits[0].labels)
+        assert isinstance(task.test_images, torch.Tensor) and len(task.test_images) == 9
 
 
 def test_the_encoder_sees_each_view_once_and_each_test_image_once(evaluate, spy):
@@ -264,23 +317,26 @@ def test_the_encoder_sees_each_view_once_and_each_test_image_once(evaluate, spy)
     train, test, crops = [7, 7, 7, 3], [7, 2], [7, 7, 7, 3] * 3
     assert seen == train + test + crops
     spy["calls"].clear()
-    evaluate("batch_size=24", "finetune_views=9", "finetune_epochs=2")
+    evaluate("batch_size=24", "finetune_views=9", "finetune_epochs=2", "protocols=[linear]")
     assert len(spy["calls"]) == 1 + 1 + 2  # crops that no epoch would see are not made
 
 
 def test_the_layer_sees_each_image_once_an_epoch_and_cycles_through_the_views(
-    evaluate, spy, monkeypatch
+    evaluate, monkeypatch
 ):
-    """Features that tell the view, 0 to 2, and the image, 0 to 23."""
-    inputs = []
-    forward = torch.nn.Linear.forward
-    monkeypatch.setattr(
-        torch.nn.Linear, "forward", lambda self, h: inputs.append(h) or forward(self, h)
-    )
+    """Features that tell the view, 0 to 2, and the image, 0 to 23; three classes come out."""
+    inputs, forward = [], torch.nn.Linear.forward
+
+    def record(self, h):
+        inputs.append(h)
+        assert self.out_features == 3
+        return forward(self, h)
+
     view, image = torch.meshgrid(torch.arange(3.0), torch.arange(24.0), indexing="ij")
     numbered = torch.stack([view, image], dim=-1)
-    monkeypatch.setattr(protocols, "crop_features", lambda *args: numbered)
-    monkeypatch.setattr(protocols, "clean_features", lambda enc, x, *args: torch.ones(len(x), 2))
+    monkeypatch.setattr(torch.nn.Linear, "forward", record)
+    monkeypatch.setattr(features, "crop_features", lambda *args: numbered)
+    monkeypatch.setattr(features, "clean_features", lambda enc, x, *args: torch.ones(len(x), 2))
     evaluate("protocols=[linear]", "batch_size=7", "finetune_views=3", "finetune_epochs=5")
     assert [len(x) for x in inputs] == [6] * 20 + [9]  # then the test images, once
     epochs = [torch.cat(inputs[4 * e : 4 * e + 4]) for e in range(5)]
@@ -291,247 +347,216 @@ def test_the_layer_sees_each_image_once_an_epoch_and_cycles_through_the_views(
 
 
 def test_linear_trains_on_crops_and_linear_clean_on_the_images_as_they_are(evaluate, monkeypatch):
-    seen = []
-    fit = protocols.fit_linear
+    seen, fit = [], classifiers.fit_linear
 
-    def record(task, views, *args, **candidate):
+    def record(task, views, *args):
         seen.append((views, task.h))
-        return fit(task, views, *args, **candidate)
+        return fit(task, views, *args)
 
-    monkeypatch.setattr(protocols, "fit_linear", record)
+    monkeypatch.setattr(classifiers, "fit_linear", record)
     evaluate("protocols=[linear,linear_clean]")
     (crops, h), (clean, _) = seen
     assert clean.shape == (1, 24, 128) and torch.equal(clean[0], h)
     assert crops.shape == (2, 24, 128) and not any(torch.equal(view, h) for view in crops)
 
 
-def test_the_config_reaches_the_crops(evaluate, monkeypatch):
-    seen = []
-    crops = protocols.crop_features
-    monkeypatch.setattr(
-        protocols, "crop_features", lambda *args: seen.append(args[2:]) or crops(*args)
-    )
-    evaluate("crop_scale=[0.2,0.9]", "flip_probability=0.3", "precision=bf16", "seed=5")
-    assert seen == [(2, 8, (0.2, 0.9), 0.3, 8, torch.bfloat16, 5)]
+@pytest.mark.parametrize(("protocol", "where"), [("linear", features), ("finetune", classifiers)])
+def test_crops_are_those_of_the_config_in_float32_and_new_each_time(
+    evaluate, monkeypatch, protocol, where
+):
+    """Linear: two views of three batches each. Fine-tuning: two epochs of three."""
+    seen, crop = [], where.random_crop_flip
+
+    def record(images, u, size, cfg):
+        x = crop(images, u, size, cfg)
+        seen.append((tuple(u.flatten().tolist()), size, cfg.crop_scale, cfg.flip_probability))
+        assert x.dtype == torch.float32
+        return x
+
+    monkeypatch.setattr(where, "random_crop_flip", record)
+    crops = "crop_scale=[0.2,0.9]", "flip_probability=0.3", "precision=bf16"
+    evaluate(f"protocols=[{protocol}]", *crops)
+    assert len({u for u, *_ in seen}) == len(seen) == 6
+    assert {tuple(map(str, rest)) for _, *rest in seen} == {("8", "[0.2, 0.9]", "0.3")}
+    first = [u for u, *_ in seen]
+    seen.clear()
+    evaluate(f"protocols=[{protocol}]", *crops, "seed=43")
+    assert not {u for u, *_ in seen} & {*first}
 
 
 def test_fewer_labels_than_a_batch_still_train(evaluate, spy):
     evaluate("batch_size=512", "protocols=[linear]", "labels=1", "finetune_epochs=40")
-    head, index, _ = spy["trained"][0]
+    layer, index, _ = spy["trained"][0]
     torch.manual_seed(42)
     initial = torch.nn.Linear(128, 3)
-    assert index == [0, 1, 2] and not torch.equal(head.weight, initial.weight)
+    assert index == [0, 1, 2] and not torch.equal(layer.weight, initial.weight)
 
 
 def test_the_layer_uses_the_cosine_momentum_and_no_weight_decay(evaluate, monkeypatch):
-    used = []
-    step = torch.optim.SGD.step
+    used, step = [], torch.optim.SGD.step
 
     def record(self, *args):
         group = self.param_groups[0]
-        used.append((group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]))
+        used.append((group["lr"], (group["momentum"], group["nesterov"], group["weight_decay"])))
         assert len(group["params"]) == 2  # the layer's weight and bias, nothing of the encoder
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", record)
     evaluate("finetune_epochs=4", "epochs=1000", "finetune_learning_rate=0.2", "weight_decay=0.1")
     total = 4 * 3
-    expected = [
-        0.001 + 0.199 * (1 + math.cos(math.pi * step / (total - 1))) / 2 for step in range(total)
-    ]
-    assert [rate for rate, *_ in used] == pytest.approx(expected)
-    assert {rest for _, *rest in map(tuple, used) for rest in [tuple(rest)]} == {(0.9, True, 0)}
+    expected = [0.001 + 0.199 * (1 + math.cos(math.pi * s / (total - 1))) / 2 for s in range(total)]
+    assert [rate for rate, _ in used] == pytest.approx(expected)
+    assert {rest for _, rest in used} == {(0.9, True, 0)}
 
 
-def test_hyperparameters_are_chosen_on_a_validation_part_and_fitted_again_on_all(easy, spy):
-    """The rate 1e-6 learns nothing; the part that scores it is not in what it is fitted on."""
+def test_settings_are_chosen_on_held_out_training_images_and_fitted_again_on_all(
+    evaluate, spy, plain_colors
+):
+    """The rate 1e-6 learns nothing; what scores it is not in what it is fitted on."""
+    rates = "min_learning_rate=0", "finetune_learning_rate=[1e-6,0.1]"
     for protocol in ("linear", "linear_clean", "finetune"):
         spy["trained"].clear()
-        results = easy(
-            f"protocols=[{protocol}]", "min_learning_rate=0",
-            "finetune_learning_rate=[1e-6,0.05]", "finetune_weight_decay=[0,0.001]",
+        results = evaluate(
+            f"data_dir={plain_colors}", "finetune_epochs=12", f"protocols=[{protocol}]", *rates,
+            "finetune_weight_decay=[0,0.001]",
         )  # fmt: skip
-        [row] = results["protocols"]
+        row = rows(results)["checkpoint", protocol]
         [selection] = row["selections"]
+        chosen = selection["chosen"]
         assert selection["validation_images"] == 3 and len(selection["candidates"]) == 4
-        assert selection["chosen"] == {"learning_rate": 0.05, "weight_decay": 0}  # the first best
-        assert row["settings"] | selection["chosen"] == row["settings"]
-        assert row["accuracy"] >= 0.95
+        assert (chosen["learning_rate"], chosen["weight_decay"]) == (0.1, 0)  # the first best
+        assert chosen.items() <= row["settings"].items() and row["accuracy"] >= 0.95
         *tried, (_, everything, final) = spy["trained"]
-        assert final == selection["chosen"] and everything == list(range(24))
-        assert [candidate for *_, candidate in tried] == [
-            {"learning_rate": rate, "weight_decay": decay}
-            for rate in (1e-6, 0.05) for decay in (0, 0.001)
+        assert final == chosen and everything == list(range(24))
+        assert [(s["learning_rate"], s["weight_decay"]) for *_, s in tried] == [
+            (1e-6, 0), (1e-6, 0.001), (0.1, 0), (0.1, 0.001),
         ]  # fmt: skip
         [rest] = {tuple(index) for _, index, _ in tried}
         part = sorted(set(range(24)) - set(rest))
         assert [image // 8 for image in part] == [0, 1, 2] and len(rest) == 21
 
 
-def test_candidates_are_scored_on_the_validation_part_alone(evaluate, monkeypatch):
-    """By its inputs and labels, in their order; then the test inputs, once."""
-    scored = []
+def small_task(cfg):
+    """A task of 30 training images in three classes, whose feature is the number of the image."""
+    labels = torch.arange(30) % 3
+    train = Split(torch.zeros(30, 3, 8, 8), labels, ["a", "b", "c"])
+    h = torch.arange(30)[:, None]
+    return classifiers.Task(cfg, None, train, train.images, h=h, test_h=h, name="")
 
-    def fit(index, c):
-        def classifier(x):
-            scored.append((c, len(index), x.flatten().tolist()))
-            return torch.nn.functional.one_hot((x.flatten() + c) % 3, 3).float()
+
+def test_candidates_are_scored_on_the_held_out_images_alone(toy):
+    """By their inputs and labels. One that diverges loses to one that is always wrong."""
+    task, scored = small_task(toy("seed=5")), []
+
+    def fit(index, settings):
+        def classifier(h):
+            scored.append((settings["c"], len(index), h.flatten().tolist()))
+            right = torch.nn.functional.one_hot((h.flatten() + 1) % 3, 3)  # always wrong
+            return right * settings["c"]
 
         return classifier
 
-    labels = torch.arange(30) % 3
-    train = simclr_lin.Split(None, labels, ["a", "b", "c"])
-    inputs, test = labels[:, None] + 3 * torch.arange(30)[:, None], torch.tensor([[1], [2]])
-    task = protocols.EvaluationTask(*[None] * 3, train, *[None] * 9, seed=5, h=inputs, test_h=test)
-    found = protocols.select_and_fit(task, [{"c": 1}, {"c": 0}], fit)
-    part = inputs[protocols.hold_out(labels, 0.1, 5, "")[1]].flatten().tolist()
-    assert scored == [(1, 27, part), (0, 27, part), (0, 30, [1, 2])]
-    assert found.scores.argmax(dim=1).tolist() == [1, 2]
-    assert [c["accuracy"] for c in found.selection["candidates"]] == [0, 1]
+    held_out = protocols.hold_out(task.train.labels, 0.1, 5, "")[1].tolist()
+    candidates = [{"c": math.nan}, {"c": 1.0}]
+    classifier, chosen, selection = protocols.fit_best(task, candidates, fit, task.h)
+    assert [(len(part), part) for *_, part in scored] == [(3, held_out)] * 2
+    assert [number for _, number, _ in scored] == [27, 27] and chosen == {"c": 1.0}
+    assert [one["accuracy"] for one in selection["candidates"]] == [None, 0]
+    classifier(task.h)
+    assert scored[-1][:2] == (1.0, 30)
 
 
-def test_the_penalty_of_the_logistic_regression_is_chosen_on_training_images(easy, monkeypatch):
-    fitted = []
-    fit = LogisticRegression.fit
+def test_the_penalty_of_the_logistic_regression_is_chosen(evaluate, plain_colors, monkeypatch):
+    fitted, fit = [], classifiers.LogisticRegression.fit
     monkeypatch.setattr(
-        LogisticRegression, "fit", lambda self, x, y: fitted.append((self.C, x)) or fit(self, x, y)
+        classifiers.LogisticRegression,
+        "fit",
+        lambda self, x, y: fitted.append((self.C, x)) or fit(self, x, y),
     )
-    [row] = easy("protocols=[logistic]")["protocols"]
+    [row] = evaluate(f"data_dir={plain_colors}", "protocols=[logistic]")["protocols"]
     *tried, (c, x) = fitted
     assert [len(x) for _, x in tried] == [21] * len(protocols.INVERSE_PENALTIES) and len(x) == 24
     assert row["settings"] == {"C": c} == row["selections"][0]["chosen"]
     assert abs(x.mean()) < 1e-6  # standardised
 
 
-@pytest.mark.parametrize("setting", ["finetune_learning_rate=[0.1,0.2]", "protocols=[logistic]"])
-def test_too_few_labels_to_choose_with_are_refused_before_anything_is_computed(
-    evaluate, spy, setting
-):
-    with pytest.raises(UserError, match=r"no class has two images.*: give more labels, or one fin"):
-        evaluate("labels=1", setting)
-    assert not spy["calls"]
-
-
 def test_nothing_is_chosen_on_the_test_set(evaluate, spy, monkeypatch):
-    """Other test images and labels give the same layers and choices, to the bit."""
+    """Other test images and labels give the same classifiers and choices, to the bit."""
     settings = ALL, "finetune_learning_rate=[0.01,0.1]"
     first = [row["selections"] for row in evaluate(*settings)["protocols"]]
-    heads = [model.state_dict() for model, *_ in spy["trained"]]
+    before = [model.state_dict() for model, *_ in spy["trained"]]
     spy["trained"].clear()
-    load = simclr_lin.load_split
-
-    def other_test_set(dataset, data_dir, split, *args):
-        found = load(dataset, data_dir, split, *args)
-        if split == "test":
-            found = found._replace(images=255 - found.images, labels=found.labels.flip(0))
-        return found
-
-    monkeypatch.setattr(simclr_lin, "load_split", other_test_set)
-    assert [row["selections"] for row in evaluate(*settings)["protocols"]] == first
-    for (model, *_), before in zip(spy["trained"], heads, strict=True):
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_few_labels_are_stratified_drawn_by_seed_and_the_same_for_every_protocol(
-    evaluate, checkpoint, monkeypatch
-):
-    seen = []
-    run = simclr_lin.run_protocols
-    monkeypatch.setattr(
-        simclr_lin, "run_protocols", lambda names, task: seen.append(task.train) or run(names, task)
+    change_test_set(
+        monkeypatch,
+        lambda split: split._replace(images=255 - split.images, labels=split.labels.flip(0)),
     )
-    results = evaluate("labels=2", "runs=2", "baselines=[random,pixels]", "seed=3")
-    assert [split.labels.tolist() for split in seen] == [[0, 0, 1, 1, 2, 2]] * 6
-    first, second, *rest = [split.images for split in seen]
+    assert [row["selections"] for row in evaluate(*settings)["protocols"]] == first
+    for (model, *_), weights in zip(spy["trained"], before, strict=True):
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_few_labels_are_stratified_drawn_by_seed_and_the_same_for_every_encoder(
+    evaluate, checkpoint, tasks
+):
+    overrides = "labels=2", "runs=2", "baselines=[random,pixels]", "seed=3", "protocols=[knn]"
+    results = evaluate(*overrides)
+    splits = [task.train for name, task in tasks if name == "knn"]
+    assert [split.labels.tolist() for split in splits] == [[0, 0, 1, 1, 2, 2]] * 6
+    first, second, *rest = [split.images for split in splits]
     assert not torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(rest, [first, second] * 2, strict=True))
     assert results["training_images"] == 6
     assert {row["n"] for row in results["protocols"]} == {2}  # kNN too: its bank is random
     before = (checkpoint.parent / "results_labels2.json").read_text()
     assert json.loads(before) == results
-    assert evaluate("labels=0.25")["training_images"] == 6
-    evaluate()
+    evaluate("labels=0.25", "protocols=[knn]")
+    evaluate("protocols=[knn]")
     written = {path.name for path in checkpoint.parent.glob("results*")}
     assert written == {
         f"results{labels}.{suffix}"
         for labels in ("", "_labels2", "_labels0.25") for suffix in ("json", "md")
     }  # fmt: skip
     assert (checkpoint.parent / "results_labels2.json").read_text() == before
-    with pytest.raises(UserError, match="9 images of each class are too many"):
-        evaluate("labels=9")
+    for overrides, reason in (
+        (["labels=9"], "9 images of each class are too many"),
+        (["labels=1", "protocols=[logistic]"], "no class has two images.*: give more labels, or"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            evaluate(*overrides)
 
 
 def test_runs_repeat_what_is_random_over_seeds(evaluate, spy):
-    results = evaluate("runs=3", "seed=7", "baselines=[random]", "protocols=[knn,linear]")
-    found = rows(results)
-    assert found["checkpoint", "knn"]["n"] == 1 and found["random", "knn"]["n"] == 3
+    overrides = "runs=3", "seed=7", "baselines=[random,pixels]", "protocols=[knn,linear]"
+    found = rows(evaluate(*overrides))
+    assert {key: row["n"] for key, row in found.items() if key[1] == "knn"} == {
+        ("checkpoint", "knn"): 1, ("random", "knn"): 3, ("pixels", "knn"): 1,
+    }  # fmt: skip
     row = found["checkpoint", "linear"]
     assert row["n"] == len(row["accuracies"]) == 3
-    assert row["accuracy"] == mean(row["accuracies"]) and row["std"] == stdev(row["accuracies"])
-    heads = [model.weight for model, *_ in spy["trained"]]
-    assert not torch.equal(heads[0], heads[1])
-    randoms = [enc.conv1.weight for enc in spy["encoders"][3:]]
-    assert len(randoms) == 3 and not torch.equal(randoms[0], randoms[1])
+    layers = [model.weight for model, *_ in spy["trained"]]
+    assert not torch.equal(layers[0], layers[1])
+    trained, randoms = spy["encoders"][:3], [enc.conv1.weight for enc in spy["encoders"][3:6]]
+    assert not any(torch.equal(trained[0].conv1.weight, weight) for weight in randoms)
+    assert not torch.equal(randoms[0], randoms[1])
+    assert layers[-1].shape == (3, 3 * 8 * 8)  # of the pixels
     spy["trained"].clear()
     evaluate("seed=8", "protocols=[linear]")
-    assert torch.equal(spy["trained"][0][0].weight, heads[1])  # seed + 1, whatever else runs
-
-
-def test_the_random_baseline_is_the_same_network_untrained(evaluate, spy):
-    evaluate("baselines=[random]")
-    trained, random = spy["encoders"]
-    assert random.conv1.weight.shape == trained.conv1.weight.shape
-    assert not torch.equal(random.conv1.weight, trained.conv1.weight)
-
-
-def test_pixels_have_no_encoder_and_no_fine_tuning(evaluate, spy):
-    found = rows(evaluate(ALL, "baselines=[pixels]"))
-    assert [name for encoder, name in found if encoder == "pixels"] == [
-        "knn", "weighted_knn", "linear", "linear_clean", "logistic",
-    ]  # fmt: skip
-    assert spy["trained"][-1][0].in_features == 3 * 8 * 8
+    assert torch.equal(spy["trained"][0][0].weight, layers[1])  # seed + 1, whatever else runs
 
 
 def test_fine_tuning_trains_all_of_a_copy(evaluate, spy, checkpoint):
-    """Of an encoder that a protocol before it has frozen."""
-    results = evaluate("protocols=[knn,finetune]")
-    assert list(rows(results))[2:] == [("checkpoint", "finetune")] and results["linear_acc"] is None
+    results = evaluate("protocols=[finetune]")
+    assert list(rows(results)) == [("checkpoint", "finetune")] and results["linear_acc"] is None
     assert "confusion" not in results
     [(model, index, _)] = spy["trained"]
     saved = load_checkpoint(checkpoint)["model"]
     tuned = model[0].state_dict()
-    assert index == list(range(24))
+    assert index == list(range(24)) and model[1].out_features == 3
     assert not torch.equal(tuned["conv1.weight"], saved["enc.conv1.weight"])
     assert not torch.equal(tuned["bn1.running_mean"], saved["enc.bn1.running_mean"])
-    kept = spy["encoders"][0].state_dict()
-    assert all(torch.equal(kept[name], saved[f"enc.{name}"]) for name in kept)
-    modes = [call[0] for call in spy["calls"][5:]]  # after kNN; hooks are copied with the encoder
+    assert same_weights(spy["encoders"][0], checkpoint)
+    modes = [call[0] for call in spy["calls"][5:]]  # after the features; a copy keeps its hooks
     assert modes == [True] * 6 + [False] * 2  # two epochs, then the test images
-
-
-def test_fine_tuning_sees_new_crops_in_every_epoch(evaluate, monkeypatch):
-    drawn = []
-    crop = classifiers.random_crop_flip
-
-    def record(images, u, *args):
-        drawn.append((tuple(u.flatten().tolist()), args))
-        return crop(images, u, *args)
-
-    monkeypatch.setattr(classifiers, "random_crop_flip", record)
-    evaluate("protocols=[finetune]", "crop_scale=[0.2,0.9]", "flip_probability=0.3")
-    assert len(drawn) == 6 == len({u for u, _ in drawn})
-    assert {args for _, args in drawn} == {(8, (0.2, 0.9), 0.3)}
-
-
-def test_crops_of_fine_tuning_are_made_in_float32(evaluate, monkeypatch):
-    """As in pretraining: in half precision the weights of a resize do not sum to 1."""
-    crops = []
-    crop = classifiers.random_crop_flip
-    monkeypatch.setattr(
-        classifiers, "random_crop_flip", lambda *args: crops.append(crop(*args)) or crops[-1]
-    )
-    evaluate("protocols=[finetune]", "precision=bf16")
-    assert {x.dtype for x in crops} == {torch.float32}
 
 
 def test_no_batch_of_fine_tuning_has_one_image(evaluate, spy):
@@ -541,8 +566,7 @@ def test_no_batch_of_fine_tuning_has_one_image(evaluate, spy):
 
 
 def test_fine_tuning_in_float16_is_scaled(evaluate, monkeypatch):
-    scalers = []
-    make = torch.amp.GradScaler
+    scalers, make = [], torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda *a, **kw: scalers.append(make(*a, **kw)) or scalers[-1]
     )
@@ -555,87 +579,122 @@ def test_architecture_and_size_come_from_the_checkpoint(thin, toy, spy, tmp_path
     run.mkdir()
     simclr.pretrain(toy("epochs=1", "cifar_stem=false", "hidden_dim=16", "image_size=32"), run)
     file = run / "simclr_resnet18_epoch1.pt"
-    cfg = toy("image_size=8", peak=PEAK)
-    simclr_lin.evaluate(cfg, file, run)
+    cfg = toy("protocols=[knn]")
+    results = simclr_lin.evaluate(cfg, file, run, frozenset({"seed"}))
     assert spy["encoders"][0].conv1.kernel_size == (7, 7)
     assert {side for _, _, side, _ in spy["calls"]} == {32}
+    assert results["evaluation_config"]["image_size"] == 32
     with pytest.raises(ConfigError, match=r"image_size=8: must be 32, as in .*leave it out"):
         simclr_lin.evaluate(cfg, file, run, frozenset({"image_size", "seed"}))
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(evaluate, checkpoint):
-    saved = torch.load(checkpoint, weights_only=True)
-    for change, message in (
-        ({"backbone": "resnet34"}, "do not fit its config.*layer1.1"),
-        ({"backbone": "eval('1')"}, "unknown backbone"),
-        ({"hidden_dim": None}, "config lacks hidden_dim"),
-    ):
-        torch.save({**saved, "config": {**saved["config"], **change}}, checkpoint)
-        with pytest.raises(UserError, match=f"(?s){message}"):
-            evaluate()
-    weights = {**saved["model"]}
-    del weights["enc.bn1.running_mean"]
-    torch.save({**saved, "model": weights}, checkpoint)
-    with pytest.raises(UserError, match=r"(?s)do not fit.*bn1\.running_mean"):
-        evaluate()
-
-
-@pytest.mark.parametrize("protocol", ["knn", "linear", "linear_clean", "logistic"])
-@pytest.mark.parametrize("place", ["enc.train()", "weights"])
-def test_a_frozen_protocol_that_moves_the_encoder_fails(evaluate, monkeypatch, place, protocol):
-    """The two bugs of the published repository, put into each protocol."""
-    run = protocols.RUN[protocol]
-
-    def unfrozen(task):
-        if place == "enc.train()":
-            task.enc.train()
-            with torch.no_grad():
-                task.enc(torch.rand(4, 3, 8, 8))
-        else:
-            with torch.no_grad():
-                next(task.enc.parameters()).add_(1e-6)
-        return run(task)
-
-    monkeypatch.setitem(protocols.RUN, protocol, unfrozen)
-    with pytest.raises(RuntimeError, match="the frozen encoder has changed"):
-        evaluate(f"protocols=[{protocol}]")
-
-
 def test_one_class_is_refused(toy, write_images, checkpoint, tmp_path):
     data = write_images(tmp_path / "one", classes=1, train=2, test=1)
-    with pytest.raises(UserError, match="one class, class0: a classifier needs two or more"):
-        simclr_lin.evaluate(toy(f"data_dir={data}", peak=PEAK), checkpoint, tmp_path)
+    with pytest.raises(ConfigError, match="two classes or more: there is class0 alone"):
+        simclr_lin.evaluate(toy(f"data_dir={data}"), checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "linear_clean", "finetune"])
+def test_a_schedule_that_would_climb_is_refused_where_there_is_one(evaluate, protocol):
+    climbs = "min_learning_rate=0.1", "learning_rate=1", "finetune_learning_rate=[0.05,0.2]"
+    assert rows(evaluate("protocols=[knn,logistic]", *climbs))
+    with pytest.raises(ConfigError, match=r"min_learning_rate=0\.1: must be at most finetune_lear"):
+        evaluate(f"protocols=[{protocol}]", *climbs)
+
+
+@pytest.mark.parametrize("protocol", ["linear", "linear_clean", "finetune"])
+def test_a_classifier_that_diverges_is_refused(evaluate, checkpoint, protocol):
+    """What was finished is kept."""
+    with pytest.raises(UserError, match=f"not finite: scores of {protocol}, checkpoint, seed 42"):
+        evaluate(f"protocols=[knn,{protocol}]", "finetune_learning_rate=1e38", "precision=fp32")
+    results = json.loads((checkpoint.parent / "results.json").read_text())
+    assert [name for _, name in rows(results)] == ["knn", "weighted_knn"]
+    rates = "finetune_learning_rate=[1e38,0.01]", "precision=fp32"
+    [row] = evaluate(f"protocols=[{protocol}]", *rates)["protocols"]
+    [selection] = row["selections"]
+    assert [one["accuracy"] is None for one in selection["candidates"]] == [True, False]
+    assert selection["chosen"]["learning_rate"] == 0.01
+
+
+def test_features_that_are_not_finite_are_refused(evaluate, checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)
+    weight = saved["model"]["enc.layer2.0.bn2.weight"]
+    weight.copy_(weight.abs() * 1e6 + 1e6)  # too large for float16
+    torch.save(saved, checkpoint)
+    with pytest.raises(UserError, match="not finite: features of checkpoint, seed 42; take precis"):
+        evaluate("protocols=[knn]", "precision=fp16")
+    assert evaluate("protocols=[knn]", "precision=fp32")["knn_acc"] is not None
+    weight.mul_(1e30)  # finite, but not their norm
+    torch.save(saved, checkpoint)
+    with pytest.raises(UserError, match="not finite: features of checkpoint"):
+        evaluate("protocols=[knn]", "precision=fp32")
 
 
 def test_predictions_are_those_of_the_linear_layer(toy, checkpoint, plain_colors, tmp_path):
     """Of a folder of images in no classes; the test set is not read."""
     folder = tmp_path / "unknown"
-    folder.mkdir()
     for name, source in (("ä b.png", "class2"), ("sub/c.png", "class0")):
         (folder / name).parent.mkdir(exist_ok=True)
-        Image.open(plain_colors / "test" / source / "0.png").save(folder / name)
-    (plain_colors / "test").rename(tmp_path / "hidden")
-    cfg = toy(f"data_dir={plain_colors}", f"predict={folder}", "finetune_epochs=30",
-              "finetune_learning_rate=0.05", peak=PEAK)  # fmt: skip
+        shutil.copy(plain_colors / "test" / source / "0.png", folder / name)
+    data = tmp_path / "data"
+    shutil.copytree(plain_colors / "train", data / "train")
+    cfg = toy(f"data_dir={data}", f"predict={folder}", *EASY, "protocols=[knn]")
     path = simclr_lin.predict(cfg, checkpoint, checkpoint.parent)
+    assert path == checkpoint.parent / "predictions.csv"
     with open(path, newline="", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert [(row["file"], row["class"]) for row in found] == [
         (str(folder / "sub/c.png"), "class0"), (str(folder / "ä b.png"), "class2"),
     ]  # fmt: skip
     assert all(0.5 < float(row["probability"]) <= 1 for row in found)
-    with pytest.raises(UserError, match=r"nowhere: there is no directory .*nowhere"):
-        cfg = toy(f"predict={tmp_path / 'nowhere'}", peak=PEAK)
+    simclr_lin.predict(cfg, checkpoint, checkpoint.parent)  # its own file is replaced
+    path.write_text("image;label\n")
+    with pytest.raises(UserError, match=r"predictions\.csv was not written by"):
         simclr_lin.predict(cfg, checkpoint, checkpoint.parent)
 
 
-def test_seconds_are_those_that_a_protocol_takes_alone(evaluate, monkeypatch):
-    """Features are computed once, and count for each protocol that has them."""
-    clock = [0.0]
-    takes = partial(slowed, clock)
-    monkeypatch.setattr(protocols, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(protocols, "clean_features", takes(10, protocols.clean_features))
-    for name, function in [*protocols.RUN.items()]:
-        monkeypatch.setitem(protocols.RUN, name, takes(1, function))
-    found = rows(evaluate("protocols=[knn,linear,finetune]"))
-    assert [row["seconds"] for row in found.values()] == [21, 21, 21, 1]
+@pytest.fixture
+def lin(thin, trained, call, write_images, tmp_path):
+    """lin("key=value", …): exit code and stderr of the command, beside a copy of the toy run."""
+    write_images(tmp_path / "images", train=8, test=3)
+    shutil.copytree(trained, tmp_path / "run")
+    data = "dataset=folder", "data_dir=images", "batch_size=8", "finetune_epochs=2", "device=cpu"
+
+    def lin(*overrides, script="simclr_lin.py"):
+        return call(script, *data, "protocols=[knn]", *overrides)
+
+    return lin
+
+
+def test_the_command_finds_the_checkpoint(lin, call, tmp_path):
+    for where in ("hydra.run.dir=run", "checkpoint=run", f"checkpoint=run/{FILE}"):
+        code, error = lin(where, "hydra.run.dir=run")
+        assert code == 0, error
+    assert f"run/{FILE}, epoch 2, resnet18 at 8 px, on 24 images" in call.stdout
+    assert "| checkpoint | knn " in (tmp_path / "run" / "simclr_lin.log").read_text()
+    for code, override, reason in (
+        (2, "load_epoch=2", "load_epoch=2: must be null beside a checkpoint that is a file"),
+        (2, "image_size=16", f"image_size=16: must be 8, as in run/{FILE}"),
+        (1, "checkpoint=gone.pt", "no checkpoint in gone.pt"),
+        (1, "predict=nowhere", "nowhere: No such file or directory"),
+    ):
+        found, error = lin(f"checkpoint=run/{FILE}", "hydra.run.dir=out", override)
+        assert found == code and reason in error and error.count("\n") == 1, error
+    assert lin("hydra.run.dir=run", "load_epoch=2")[0] == 0
+    assert "after epoch 7 in run" in lin("hydra.run.dir=run", "load_epoch=7")[1]
+
+
+def test_the_command_runs_in_one_process(lin, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, error = lin("hydra.run.dir=run")
+    assert code == 2 and "start it with python, not torchrun" in error
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert lin("hydra.run.dir=run")[0] == 0
+
+
+def test_a_copy_of_the_script_behaves_as_the_script(lin, tmp_path):
+    copy = shutil.copy(REPOSITORY / "simclr_lin.py", tmp_path / "my_simclr_lin.py")
+    code, error = lin("hydra.run.dir=run", "min_learning_rate=1", script=copy)
+    assert code == 2 and "min_learning_rate=1" in error
+    assert lin("hydra.run.dir=run", script=copy)[0] == 0
+    assert (tmp_path / "run" / "results.json").exists()

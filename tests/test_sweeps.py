@@ -1,8 +1,6 @@
-"""Sweeps: every job has a directory of its own, and a failed job does not end the others."""
+"""Sweeps: each job has results of its own, and a job that fails ends no other."""
 
-import json
 import os
-import re
 import signal
 import weakref
 from pathlib import Path
@@ -10,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
-from test_commands import SWEEP, command
+from test_command_line import FOLDER, LIN, PRETRAIN, TRAIN, train  # noqa: F401
 
-import config
-import training.record
-from system.errors import ConfigError, UserError
-from system.sweeps import LONGEST, directory_name, note_failure
+import images.augment
+import training.metrics
+from config import ConfigError
+from system import commandline
+from system.commandline import LONGEST, CheckConfig, directory_name
+from system.errors import UserError
 
 try:
     import cloudpickle
@@ -24,16 +25,13 @@ except ImportError:  # older joblib has its own
     from joblib.externals import cloudpickle
 
 SWEEP_DIR = Path("logs/SimCLR/sweep")
-JOB = ["batch_size=8", "hidden_dim=8", "projection_dim=8", "compile=false", "knn_interval=0"]
-FOLDER = ["dataset=folder", "data_dir=images", "image_size=8", "device=cpu"]
-TRAIN = [*FOLDER, *JOB, "epochs=1"]
-PRETRAIN, LIN = "simclr.py", "simclr_lin.py"
+RUN_DIR = Path("logs/SimCLR/folder/resnet18")
+EVALUATE = [*FOLDER, "data_dir=images", "protocols=[knn]"]
 
 
 @pytest.fixture
-def sweep(thin, write_images, tmp_path, call):
+def sweep(train, call):  # noqa: F811
     """sweep(script, overrides): a multirun on small images; exit code, stderr."""
-    write_images(tmp_path / "images", train=8, test=3)
 
     def sweep(script, *overrides):
         given = {override.split("=")[0] for override in overrides}
@@ -43,54 +41,87 @@ def sweep(thin, write_images, tmp_path, call):
     return sweep
 
 
-def directories() -> list[str]:
-    return sorted(path.name for path in SWEEP_DIR.iterdir() if path.is_dir())
+def made(pattern: str) -> list[str]:
+    """The directories of jobs that have such a file, by the last of their overrides."""
+    return sorted(path.parent.name.split("-8_")[-1] for path in SWEEP_DIR.glob(f"*/{pattern}"))
 
 
-def complete() -> int:
-    return len(list(SWEEP_DIR.glob("*/simclr_resnet18_epoch1.pt")))
+def test_each_job_has_a_directory_named_by_its_overrides_and_its_results_there(sweep, call):
+    assert sweep(PRETRAIN, "seed=1,2", "workers=2")[0] == 0
+    assert made("*_epoch1.pt") == ["seed-1", "seed-2"]
+    lin = "seed=1,2", "workers=1", "protocols=[knn]"
+    assert sweep(LIN, *lin)[0] == 0 and made("results.json") == ["seed-1", "seed-2"]
+    assert sweep(LIN, *lin, "labels=2,4")[0] == 0
+    assert made("results_labels4.json") == made("results_labels2.json") == ["seed-1", "seed-2"]
+    assert sweep(LIN, "seed=1", "labels=3,5", "protocols=[knn]")[0] == 0  # of one of the jobs
+    assert made("results_labels5.json") == ["seed-1"] and not RUN_DIR.exists()
 
 
-def test_failed_jobs_end_no_other_job_and_are_listed(sweep, call):
-    """A bad value, a batch larger than the dataset and a loss that is not finite."""
-    code, error = sweep(
-        PRETRAIN, "temperature=0.5,-1", "batch_size=8,999", "learning_rate=0.1,1e30"
-    )
-    assert code == 1  # of the first that failed, whose loss is not finite
-    failed = [line for line in error.splitlines() if line.startswith("failed: ")]
-    assert len(failed) == 7 and complete() == 1
-    assert sum("temperature=-1: must be a number above 0" in line for line in failed) == 4
-    assert sum("batch_size=999: must be an integer from 2 to 24" in line for line in failed) == 2
-    assert sum("precision=fp32" in line for line in failed) == 1
-    assert (
-        error.strip().splitlines()[-1].startswith("error: 7 of the sweep's jobs failed; the same")
-    )
-    for line in failed:
-        directory, reason = line.removeprefix("failed: ").split(": ", 1)
-        assert f"error: {reason}" in call.stdout
-        assert Path(directory).is_dir()
-    code, error = sweep(PRETRAIN, "temperature=0.5,-1", "batch_size=8", "learning_rate=0.1")
-    assert code == 2 and error.count("failed: ") == 1  # none of the sweep before
+def test_a_sweep_over_labels_evaluates_the_run_that_is_there(train, call):  # noqa: F811
+    assert train()[0] == 0
+    assert call(LIN, "-m", "labels=2,4", *EVALUATE)[0] == 0
+    assert len([*RUN_DIR.glob("results_labels[24].json")]) == 2
+    elsewhere = "hydra.run.dir=x", f"checkpoint={RUN_DIR}"
+    assert call(LIN, "-m", "labels=2,4", *EVALUATE, *elsewhere)[0] == 0
+    assert len([*Path("x").glob("results_labels[24].json")]) == 2
+    assert [path.name for path in SWEEP_DIR.iterdir()] == ["multirun.yaml"]
 
 
-def test_a_bug_in_a_job_ends_no_other_job_and_has_its_traceback(sweep, call, monkeypatch):
-    write = training.record.write_metrics
-    jobs = []
+@pytest.mark.parametrize(
+    ("script", "override", "message"),
+    [
+        (PRETRAIN, "workers=1,2", "would overwrite each other's results"),
+        (PRETRAIN, "seed=1,2 compile=true,false", "would overwrite each other's results"),
+        (PRETRAIN, "temperature=0.1,0.1", "would overwrite each other's results"),
+        (PRETRAIN, "seed=1,2 hydra.sweep.subdir=one", "would overwrite each other's results"),
+        (LIN, "labels=5,10,5", "would overwrite each other's results"),
+        (LIN, "protocols=[knn],[linear]", "would overwrite each other's results"),
+        (LIN, "checkpoint=a.pt,b.pt", "would overwrite each other's results"),
+        (LIN, "finetune_learning_rate=choice(0.01,0.2)", "would overwrite each other's results"),
+        (PRETRAIN, "seed=1,2 batch_size=1", "batch_size=1: must be a number from 2"),
+        (PRETRAIN, "seed=1,2 batchsize=8", "batchsize: no such key; did you mean batch_size?"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_at_once(call, tmp_path, script, override, message):
+    code, error = call(script, "-m", *override.split())
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert message in error and not [*tmp_path.iterdir()]
 
-    def break_second(run_dir, history):
-        jobs.append(run_dir)
-        if "seed-2" in str(run_dir):
+
+def test_a_sweep_that_the_yaml_defines_is_checked_too(call, tmp_path, monkeypatch):
+    text = commandline.CONFIG_FILE.read_text(encoding="utf-8")
+    (tmp_path / "file.yml").write_text(f"{text}  sweeper:\n    params: {{runs: '1,2'}}\n")
+    monkeypatch.setattr(commandline, "CONFIG_FILE", tmp_path / "file.yml")
+    code, error = call(LIN, "-m")
+    assert code == 2 and "would overwrite each other's results" in error
+
+
+def test_a_failed_job_is_one_line_and_ends_no_other(sweep, call):
+    """Of the values, of the data and of the loss; the exit code is that of the first."""
+    code, error = sweep(PRETRAIN, "temperature=0.5,-1", "batch_size=999,8")
+    assert code == 2 and "Traceback" not in error and made("*_epoch1.pt") == ["temperature-0.5"]
+    said = [line for line in call.stdout.splitlines() if line.startswith("error: ")]
+    assert said == ["error: batch_size=999: must be at most 24, the number of training images",
+                    "error: temperature=-1.0: must be a number above 0",
+                    "error: temperature=-1.0: must be a number above 0"]  # fmt: skip
+    assert error.splitlines()[-1] == said[0]
+
+
+def test_a_bug_in_a_job_ends_no_other_job_and_has_its_traceback(sweep, monkeypatch):
+    write = training.metrics.write_metrics
+
+    def break_first(run_dir, history):
+        if "seed-1" in str(run_dir):
             raise ZeroDivisionError("a bug of ours")
         write(run_dir, history)
 
-    monkeypatch.setattr(training.record, "write_metrics", break_second)
-    code, error = sweep(PRETRAIN, "seed=1,2,3")
-    assert code == 1 and complete() == 2 and len(jobs) == 3
-    assert "seed-2: ZeroDivisionError: a bug of ours" in error
-    assert "in break_second" in call.stdout  # the traceback
+    monkeypatch.setattr(training.metrics, "write_metrics", break_first)
+    with pytest.raises(ZeroDivisionError, match="a bug of ours"):
+        sweep(PRETRAIN, "seed=1,2")
+    assert made("*_epoch1.pt") == ["seed-2"]
 
 
-def test_a_failed_job_keeps_no_tensor(tmp_path):
+def test_a_failed_job_keeps_no_tensor():
     """Hydra keeps its exception to the end of the sweep; on a GPU the next job needs the memory."""
     held = []
 
@@ -107,107 +138,38 @@ def test_a_failed_job_keeps_no_tensor(tmp_path):
         except RuntimeError:
             raise UserError("too large") from None
 
-    with pytest.raises(UserError) as error:
+    failed = JobReturn(status=JobStatus.FAILED)
+    try:
         job()
-    assert all(tensor() is not None for tensor in held)
-    paths = {"sweep": {"dir": str(tmp_path)}, "runtime": {"output_dir": str(tmp_path)}}
-    note_failure(OmegaConf.create(paths), error.value)
-    assert len(held) == 2 and all(tensor() is None for tensor in held)
+    except UserError as error:
+        failed.return_value = error
+    assert len(held) == 2 and all(tensor() is not None for tensor in held)
+    CheckConfig().on_job_end(OmegaConf.create({"hydra": {"mode": "MULTIRUN"}}), job_return=failed)
+    assert all(tensor() is None for tensor in held)
 
 
-def test_a_signal_ends_a_sweep(sweep, monkeypatch):
-    is_finite = training.record.is_finite
+def test_a_signal_ends_the_whole_sweep(sweep, monkeypatch):
+    draw = images.augment.draw
 
-    def terminate(metrics, scaled):
+    def terminate(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return is_finite(metrics, scaled)
+        return draw(*args, **kwargs)
 
-    monkeypatch.setattr(training.record, "is_finite", terminate)
+    monkeypatch.setattr(images.augment, "draw", terminate)
     code, error = sweep(PRETRAIN, "seed=1,2")
     assert code == 128 + signal.SIGTERM and "the state is saved" in error
-    assert len(directories()) == 1
+    assert made("*_last.pt") == ["seed-1"] and len([*SWEEP_DIR.glob("*/")]) == 1
 
 
-def test_evaluations_in_a_sweep_fail_like_pretraining(sweep):
-    assert sweep(PRETRAIN, "seed=1,2")[0] == 0
-    shorter = ["protocols=[knn]", "finetune_epochs=1"]
-    code, error = sweep(LIN, "seed=1,2,3", *shorter)
-    assert code == 1 and len(list(SWEEP_DIR.glob("*/results.json"))) == 2
-    assert "no checkpoint of resnet18 in" in error and "error: 1 of the sweep's jobs" in error
-
-
-@pytest.mark.parametrize(
-    ("script", "override", "message"),
-    [
-        (LIN, "finetune_learning_rate=0.01,0.2", "a list, finetune_learning_rate=[0.01,0.2]"),
-        (LIN, "finetune_weight_decay=choice(0,1e-4)", "choice(0,1e-4): must not vary"),
-        (LIN, "protocols=[knn],[linear]", "protocols=[knn],[linear]: must not vary in a sweep"),
-        (LIN, "load_epoch=range(1,3)", "load_epoch=range(1,3): must not vary in a sweep"),
-        (LIN, "checkpoint=a.pt,b.pt", "start one command for each value"),
-        (LIN, "runs=1,5", "runs=1,5: must not vary in a sweep"),
-        (PRETRAIN, "compile=true,false", "compile=true,false: must not vary in a sweep"),
-        (PRETRAIN, "seed=1,2,1", "seed=1,2,1: must not have a value twice"),
-        (PRETRAIN, "temperature=0.5,-1 hydra.sweep.subdir=one", "subdir=one: must differ"),
-        (PRETRAIN, "seed=1,2 batch_size=1", "batch_size=1: must be an integer from 2"),
-        (PRETRAIN, "seed=1,2 batchsize=8", "batchsize: no such key; did you mean batch_size?"),
-    ],
-)  # fmt: skip
-def test_jobs_that_would_share_a_directory_are_refused(call, tmp_path, script, override, message):
-    code, error = call(script, "-m", *override.split())
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert message in error and not list(tmp_path.iterdir())
-
-
-def test_a_sweep_that_the_yaml_defines_is_checked_too(call, tmp_path, monkeypatch):
-    yaml = tmp_path / "file.yml"
-    text = config.CONFIG_FILE.read_text(encoding="utf-8")
-    yaml.write_text(text + "  sweeper:\n    params: {finetune_views: '1,2'}\n", encoding="utf-8")
-    monkeypatch.setattr(config, "CONFIG_FILE", yaml)
-    code, error = call(LIN, "-m", "seed=1,2")
-    assert code == 2 and error.startswith("error: finetune_views: must not vary in a sweep")
-
-
-def test_a_sweep_over_labels_has_a_result_for_each(sweep):
-    assert sweep(PRETRAIN, "seed=1")[0] == 0
-    code, error = sweep(LIN, "seed=1", "labels=2,4", "protocols=[knn]")
-    assert code == 0, error
-    [directory] = SWEEP_DIR.glob("*seed-1*")
-    assert len(list(directory.glob("results_labels*.json"))) == 2
-
-
-def test_directories_have_short_names_that_every_command_takes(sweep, call):
-    """Lists, many overrides and long ones; evaluated and compared by these names."""
-    scales = "crop_scale=[0.2,1.0],[0.5,1.0]"
-    views = "view_sizes=" + str([[8, 0.125]] * 8).replace(" ", "")
-    rest = ["color_strength=0.25", "flip_probability=0.25", "grayscale_probability=0.125", views]
-    assert sweep(PRETRAIN, scales, *rest)[0] == 0
-    names = directories()
-    assert len(names) == 2 and complete() == 2
-    for name in names:
-        assert re.fullmatch(r"[A-Za-z0-9_.-]+", name) and len(name) <= LONGEST
-    assert sweep(LIN, scales, *rest, "protocols=[knn]")[0] == 0
-    assert directories() == names
-    assert len(list(SWEEP_DIR.glob("*/results.json"))) == 2
-    checkpoint = next(SWEEP_DIR.glob("*/*_epoch1.pt"))
-    code, error = call(LIN, f"checkpoint={checkpoint}", "protocols=[knn]", *FOLDER)
-    assert code == 0, error
-    code, error = call("compare.py", *(str(SWEEP_DIR / name) for name in names))
-    assert code == 0 and "[0.2, 1.0]" in call.stdout
-
-
-def test_different_overrides_have_different_names():
-    assert directory_name("seed-1_temperature-0.1") == "seed-1_temperature-0.1"
-    long = "_".join(f"key{n}-{n}" for n in range(99))
-    names = {directory_name(f"init-{path}") for path in ("a/b", "a_b", "a b", "a[b", "ä", long)}
-    assert len(names) == 6 and not any({*"/[]= ä"} & {*name} for name in names)
-    assert len(directory_name(long)) == len(directory_name(long + "x")) == LONGEST
-    assert directory_name(long) != directory_name(long + "x")
-
-
-def test_an_init_with_slashes_is_one_directory(sweep):
-    code, error = sweep(PRETRAIN, "init=weights/none.pt", "seed=1,2")
-    assert code == 1 and error.count("there is no such file") == 2
-    assert len(directories()) == 2  # none below another
+def test_names_of_directories_are_short_of_plain_characters_and_differ():
+    assert directory_name(["temperature=0.1", "seed=1"]) == "seed-1_temperature-0.1"
+    assert directory_name(["workers=2", "labels=5", "+device=cpu"]) == ""
+    assert directory_name(["recipe=fast", "epochs=2"]) == "epochs-2_recipe-fast"
+    long = "crop_scale=" + "9" * 200
+    paths = "init=a/b", "init=a_b", "init=a b", "init=a[b", "init=ä", "init=../b", long, f"{long}x"
+    found = {directory_name([path]) for path in paths}
+    assert len(found) == len(paths) and max(map(len, found)) == LONGEST
+    assert not any({*"/[]= ä"} & {*name} or name.startswith(".") for name in found)
 
 
 def test_a_launcher_can_send_a_job_to_another_process():
@@ -219,33 +181,3 @@ def test_a_launcher_can_send_a_job_to_another_process():
         assert cloudpickle.loads(cloudpickle.dumps(scope["main"]))
     for error in (UserError("one line"), ConfigError("key: must be")):
         assert str(cloudpickle.loads(cloudpickle.dumps(error))) == str(error)
-
-
-def test_joblib_runs_the_other_jobs(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install …-launcher")
-    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = command(tmp_path, PRETRAIN, "-m", *joblib, "temperature=-1,0.5", *SWEEP)
-    assert done.returncode == 2 and "failed: " in done.stderr and "must be a number" in done.stderr
-    assert len(list(tmp_path.rglob("*_epoch1.pt"))) == 1
-
-
-def test_optuna_goes_on_after_failed_trials(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install …-sweeper")
-    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
-    optuna += ["hydra.sweeper.direction=maximize", "seed=choice(-1,1)"]
-    search = "hydra/sweeper/sampler=grid"
-    done = command(tmp_path, PRETRAIN, "-m", *optuna, search, *SWEEP)
-    assert done.returncode == 2 and "error: 1 of the sweep's jobs failed" in done.stderr
-    allowed = "hydra.sweeper.max_failure_rate=0.5"
-    done = command(tmp_path, PRETRAIN, "-m", *optuna, search, allowed, *SWEEP, "temperature=0.4")
-    assert done.returncode == 0 and "failed: " in done.stderr
-    assert OmegaConf.load(next(tmp_path.rglob("optimization_results.yaml")))["best_value"] > 0
-
-
-def test_results_of_a_sweep_belong_to_their_job(sweep):
-    recipes = ["recipe=published,simsiam", "learning_rate=0.1"]
-    assert sweep(PRETRAIN, *recipes)[0] == 0
-    assert sweep(LIN, *recipes, "protocols=[knn]")[0] == 0
-    for recipe in ("published", "simsiam"):
-        [file] = SWEEP_DIR.glob(f"*recipe-{recipe}*/results.json")
-        assert json.loads(file.read_text())["config"]["recipe"] == recipe

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from training.optim import set_learning_rate
-
 Step = Callable[[Tensor, Tensor, int], dict[str, Tensor]]  # batch, noise, view size -> metrics
 
 EAGER_STEPS = 3  # before a recording: cuDNN chooses its algorithms, the optimizer makes its buffers
@@ -16,38 +14,31 @@ class GraphedStep:
     """Record a training step once for each view size, and replay it from then on.
 
     A step of ResNet-18 has 3,000 kernels; launching them one by one takes a fast GPU longer than
-    running them (docs/gpu.md). The first steps of each size run eagerly, all if `eager`. The
-    results are the same. The learning rate becomes a tensor, since numbers are part of a recording;
-    the metrics are overwritten by the next step. `step` may not wait for the GPU.
+    running them (docs/gpu.md). The first steps of each size run eagerly. The results are the same.
+    Numbers are part of a recording, so the optimizer's learning rate must be a tensor; the metrics
+    are overwritten by the next step. `step` may not wait for the GPU.
     """
 
-    def __init__(self, step: Step, optimizer: torch.optim.Optimizer, eager: bool) -> None:
-        self.step, self.optimizer, self.eager = step, optimizer, eager
+    def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+        self.step, self.optimizer = step, optimizer
         self.size, self.eager_steps, self.graph = 0, 0, None
 
-    def __call__(
-        self, batch: Tensor, noise: Tensor, size: int, learning_rate: float
-    ) -> dict[str, Tensor]:
+    def __call__(self, batch: Tensor, noise: Tensor, size: int) -> dict[str, Tensor]:
         """One step; batch: (N, 3, H, W), uint8; noise: from `images.augment.draw`, 2N columns."""
         if size != self.size:
             self.size, self.eager_steps, self.graph = size, 0, None
-        if self.eager or self.eager_steps < EAGER_STEPS:
+        if self.eager_steps < EAGER_STEPS:
             self.eager_steps += 1
-            set_learning_rate(self.optimizer, learning_rate)
             return self.step(batch, noise, size)
         if self.graph is None:
             self._record(batch, noise)
         self.batch.copy_(batch)
         self.noise.copy_(noise)
-        self.learning_rate.fill_(learning_rate)
         self.graph.replay()
-        set_learning_rate(self.optimizer, learning_rate)  # a saved state has the number
         return self.metrics
 
     def _record(self, batch: Tensor, noise: Tensor) -> None:
         self.batch, self.noise = batch.clone(), noise.clone()
-        self.learning_rate = torch.zeros((), device=batch.device)
-        set_learning_rate(self.optimizer, self.learning_rate)
         self.optimizer.zero_grad()  # so that the gradients lie in the graph's memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):

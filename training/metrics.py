@@ -1,18 +1,20 @@
-"""Training diagnostics: alignment, uniformity, spread, collapse; metrics.jsonl, TensorBoard."""
+"""Training diagnostics: alignment, uniformity, spread, collapse; the lines of metrics.jsonl."""
 
 import json
+import logging
 import math
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from system.errors import UserError
-from system.files import parse_json, write_file
+from config import Config
+from system.files import write_file
+
+log = logging.getLogger("simclr")
 
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
@@ -47,17 +49,38 @@ def spread(z: Tensor) -> Tensor:
     return F.normalize(z.detach().float(), dim=1).std(dim=0).mean()
 
 
-def collapsed(line: dict[str, float | None], batch_size: int, projection_dim: int) -> bool:
-    """Whether all images of an epoch had nearly the same embedding, from its means.
+def warn_of_collapse(history: list[dict[str, float | None]], cfg: Config) -> None:
+    """Warn after the first epoch of a run in which all images had nearly the same embedding."""
+    collapsed = [line for line in history if is_collapsed(line, cfg)]
+    if collapsed == history[-1:]:
+        log.warning(
+            f"warning: in epoch {len(history)} all images have nearly the same embedding. A "
+            f"collapsed encoder stays so: lower learning_rate ({cfg.learning_rate:g}), or wait if "
+            "this is one of the first epochs"
+        )
+
+
+def is_collapsed(line: dict[str, float | None], cfg: Config) -> bool:
+    """Whether the means of an epoch are those of embeddings that are nearly all the same.
 
     That is: less than a tenth of the largest possible spread, and a contrastive accuracy of at
     most twice that of chance, 1 in 2N-1.
     """
-    chance = 1 / (2 * batch_size - 1)
-    return (
-        line["z_std"] < 0.1 / math.sqrt(projection_dim)
-        and line["contrastive_accuracy"] <= 2 * chance
+    chance = 1 / (2 * cfg.batch_size - 1)
+    narrow = line["z_std"] < 0.1 / math.sqrt(cfg.projection_dim)
+    return narrow and line["contrastive_accuracy"] <= 2 * chance
+
+
+def summary(line: dict[str, float | None], cfg: Config) -> str:
+    """An epoch in words: loss and contrastive accuracy beside those of a collapsed encoder."""
+    others = 2 * cfg.batch_size - 1
+    text = (
+        f"epoch {line['epoch']}: loss {line['loss']:.4f} (collapsed: {math.log(others):.4f}), "
+        f"contrastive accuracy {line['contrastive_accuracy']:.1%} (collapsed: {1 / others:.1%})"
     )
+    if line["knn_acc"] is not None:
+        text += f", kNN {line['knn_acc']:.1%} (training images)"
+    return text
 
 
 def is_finite(values: dict[str, float], scaled: bool) -> bool:
@@ -66,6 +89,15 @@ def is_finite(values: dict[str, float], scaled: bool) -> bool:
     With a gradient scaler (`scaled`) the gradient may overflow: the optimizer skips that step.
     """
     return math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"]))
+
+
+def explain_divergence(metrics: dict[str, float], cfg: Config, step: int) -> str:
+    """The message about a training step, from 1, that is not finite."""
+    return (
+        f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} in step {step}, which "
+        f"is not saved: start over with resume=false and a lower learning_rate "
+        f"({cfg.learning_rate:g}), a higher temperature ({cfg.temperature:g}) or precision=fp32"
+    )
 
 
 def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
@@ -78,19 +110,6 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
     return {**means, "gradient_norm": fmean(finite) if finite else None}
 
 
-def read_metrics(run: Path) -> list[dict[str, float | None]]:
-    """Read metrics.jsonl of a run directory, a dict per epoch; empty in its first epoch.
-
-    Raises UserError if it is damaged or of another program.
-    """
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last: cut, or empty
-    history = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
-    if not all("epoch" in line for line in history):
-        raise UserError(f"{path} is not of simclr.py, a line has no epoch: remove it")
-    return history
-
-
 def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None:
     """Write all of metrics.jsonl, 400 bytes per epoch, so that a crash never leaves half a line."""
     lines = "".join(json.dumps(line) + "\n" for line in history)
@@ -98,28 +117,35 @@ def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None
 
 
 class TensorBoard:
-    """The lines of metrics.jsonl as TensorBoard scalars, one step per epoch."""
+    """The lines of metrics.jsonl as TensorBoard scalars, one step per epoch.
+
+    What cannot be written, or a TensorBoard that cannot be imported, is one warning: metrics.jsonl
+    has the same.
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.writer, self.epoch = run_dir, None, 0
+        self.run_dir, self.epoch = run_dir, 0
+        self.writer: Any = None
+        self.failed = False
 
     def write(self, history: list[dict[str, float | None]]) -> None:
-        """Add new epochs. Raises UserError if they cannot be written; the next call retries."""
+        """Add the epochs that are new."""
+        if self.failed:
+            return
         try:
-            if self.writer is None:  # hides what an earlier process wrote of the same epochs
-                self.writer = SummaryWriter(self.run_dir, purge_step=self.epoch + 1)
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # its protobuf may not fit
+
+                # purge_step: hides the epochs that an earlier process wrote and this one repeats
+                self.writer = SummaryWriter(
+                    self.run_dir, purge_step=self.epoch + 1, filename_suffix=".simclr"
+                )
             for line in history[self.epoch :]:
                 for name, value in line.items():
                     if name != "epoch" and value is not None:
                         self.writer.add_scalar(name, value, line["epoch"])
             self.writer.flush()
-        except OSError as error:
-            self.writer = None  # its thread has ended
-            raise UserError(f"TensorBoard's file in {self.run_dir}: {error.strerror}") from None
+        except Exception as error:  # an import can raise anything
+            self.failed = True
+            log.warning(f"warning: TensorBoard gets nothing ({error}); metrics.jsonl has it")
         self.epoch = len(history)
-
-    def close(self) -> None:
-        """Close the file, if there is one."""
-        if self.writer is not None:
-            with suppress(OSError):
-                self.writer.close()

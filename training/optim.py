@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OPTIMIZERS = ("sgd", "lars", "muon")
+from config import OPTIMIZERS, Config
+
 TRUST = 0.001  # LARS trust coefficient, as in google-research/simclr
 TINY = 1e-7
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of Muon: five steps take 0.01 to 1 into 0.7 to 1.2
@@ -17,24 +18,28 @@ FUSED = ("cuda", "mps", "cpu")  # devices on which torch updates all parameters 
 def make_optimizer(
     name: str,
     parameters: Iterable[nn.Parameter],
+    *,
     momentum: float,
     weight_decay: float,
     fused: bool = True,
+    learning_rate: float | Tensor = 0.0,
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, LARS or Muon; `set_learning_rate` sets the rate at each step.
 
     SGD's weight decay applies to all parameters, as in the published repository; for the others
     see their docstrings. `fused` updates all of SGD's in one kernel where the device has one; not
     with a gradient scaler, since a first step that overflows leaves torch's fused momentum
-    uninitialised (torch 2.14.1, torch/optim/sgd.py).
-    Raises ValueError for a name that is not in `OPTIMIZERS`.
+    uninitialised (torch 2.14.1, torch/optim/sgd.py). A CUDA graph needs a learning rate that is a
+    tensor. Raises ValueError for a name that is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
     parameters = list(parameters)
-    defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay}
-    if name != "sgd":
-        return {"lars": LARS, "muon": Muon}[name](parameters, defaults)
+    defaults = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
+    if name == "lars":
+        return LARS(parameters, defaults)
+    if name == "muon":
+        return Muon(parameters, defaults)
     fused = fused and parameters[0].device.type in FUSED
     return torch.optim.SGD(parameters, **defaults, nesterov=momentum > 0, fused=fused)
 
@@ -161,7 +166,22 @@ def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int
     return int(pixels)  # fractions that sum to a little less than 1
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float | Tensor) -> None:
-    """Set the absolute learning rate of every parameter group (LambdaLR would take a factor)."""
+def schedule(cfg: Config, step: int, total_steps: int) -> tuple[float, int]:
+    """Learning rate and view size in pixels: pure functions of the global step."""
+    warmup_steps = cfg.warmup_epochs * (total_steps // cfg.epochs)
+    learning_rate = cosine_learning_rate(
+        step, total_steps, cfg.learning_rate, cfg.min_learning_rate, warmup_steps
+    )
+    return learning_rate, view_size(step, total_steps, cfg.view_sizes or [[cfg.image_size, 1.0]])
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the absolute learning rate of every parameter group (LambdaLR would take a factor).
+
+    A rate that is a tensor is filled: its address is part of a CUDA graph.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate

@@ -1,0 +1,250 @@
+"""A run: its progress, what it writes, and how it ends."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from config import Config
+from system.checkpoint import checkpoint_name, load_init, save_checkpoint, to_bytes
+from system.errors import StopSignals, UserError, progress_bar
+from system.files import check_ours, locked, move_aside, write_file
+from training import metrics as diagnostics
+from training.distributed import all_reduce_max, all_reduce_mean, barrier, check_same, rank
+from training.optim import schedule
+from training.state import START_OVER, VERSIONS, Learner, find_state, state_path
+
+log = logging.getLogger("simclr")
+
+
+@contextmanager
+def open_run(run_dir: Path, cfg: Config) -> Iterator[dict[str, Any] | None]:
+    """Hold the lock of the run directory in the block, which gets the saved state, if any.
+
+    Raises as `find_state`; UserError if another process trains there, files of another program lie
+    there, or the ranks see different states.
+    """
+    with locked(run_dir, "simclr") if rank() == 0 else nullcontext():
+        check_ours(run_dir)
+        saved = find_state(run_dir, cfg) if cfg.resume else None
+        check_same(saved["step"] if saved else -1, f"training states in {run_dir}")
+        yield saved
+
+
+class Run:
+    """Progress and files of a run. A write that fails warns, and is tried again at the next save.
+
+    Attributes: `history`, the lines of metrics.jsonl, one for each completed epoch.
+    """
+
+    def __init__(
+        self, run_dir: Path, cfg: Config, learner: Learner, *, images: str, steps: int
+    ) -> None:
+        """images: fingerprint of the training images; steps: of an epoch."""
+        self.run_dir, self.cfg, self.learner = run_dir, cfg, learner
+        self.images, self.steps, self.total_steps = images, steps, cfg.epochs * steps
+        self.history: list[dict[str, float | None]] = []
+        self.step_metrics: list[dict[str, float]] = []  # of the current epoch
+        self.pending: list[Tensor] = []  # the same of the last steps, still on the device
+        self.seconds, self.clock = 0.0, time.perf_counter()  # that these steps took; since when
+        self.saved_step, self.saved_at = -1, time.monotonic()
+        self.unwritten: dict[str, str] = {}  # what was not written, and why
+        self.board, self.stop, self.finite = diagnostics.TensorBoard(run_dir), StopSignals(), True
+        self.tensors = [*learner.model.parameters(), *learner.model.buffers()]
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return len(self.history)
+
+    @property
+    def steps_done(self) -> int:
+        """Completed steps of the current epoch."""
+        return len(self.step_metrics) + len(self.pending)
+
+    @property
+    def step(self) -> int:
+        """Completed steps of the run."""
+        return self.epoch * self.steps + self.steps_done
+
+    def start(self, saved: dict[str, Any] | None) -> None:
+        """Resume from a state of `open_run`, or start in the run directory.
+
+        Raises UserError if state or `init` do not fit, or a file cannot be written.
+        """
+        if saved is not None:
+            self._restore(saved)
+        else:
+            line = load_init(self.learner.model.enc, self.cfg.init) if self.cfg.init else None
+            if rank() == 0 and not self.cfg.resume:
+                move_aside(self.run_dir)
+            if line is not None:  # here, in the log of this run
+                log.info(line)
+            self.save()
+        self.check_written()  # before config.yaml: without a state it would be refused
+        if rank() == 0:
+            diagnostics.write_metrics(self.run_dir, self.history)
+            write_file(self.run_dir / "config.yaml", OmegaConf.to_yaml(asdict(self.cfg)).encode())
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        if saved["images"] != self.images:
+            raise UserError(f"{self.run_dir} was trained on other images: {START_OVER}")
+        self.learner.restore(saved)
+        self.history, self.step_metrics = saved["history"], saved["step_metrics"]
+        self.seconds, self.saved_step = saved["seconds"], saved["step"]
+        line = f"{self.run_dir}: {self.epoch} epochs and {self.steps_done} steps are done"
+        if self.epoch == self.cfg.epochs:
+            line = f"{self.run_dir} holds this run, complete; resume=false starts over"
+            if not self._checkpoint().exists():
+                self._save_checkpoint()
+        elif saved["versions"] != VERSIONS:
+            line += f"; saved with {saved['versions']}: identical only up to rounding"
+        log.info(line)
+
+    def _checkpoint(self) -> Path:
+        return self.run_dir / checkpoint_name(self.cfg.backbone, self.epoch)
+
+    def _save_checkpoint(self) -> None:
+        with self._retrying("checkpoint"):
+            if rank() == 0:
+                weights = self.learner.model.state_dict()
+                save_checkpoint(self._checkpoint(), weights, asdict(self.cfg), self.epoch)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Train in the block. However it ends, the state of the last complete step is saved.
+
+        But not after a step that is not finite, or was interrupted halfway: the state on disk
+        stays. Raises UserError if a file is not on disk in the end.
+        """
+        bar = progress_bar(total=self.total_steps, initial=self.step, unit="step", delay=0.1)
+        with self.stop, bar as self.bar:
+            self.clock, self.between_steps = time.perf_counter(), self._position()
+            try:
+                yield
+            finally:
+                if self.finite and self.step != self.saved_step:
+                    if self._position() == self.between_steps:
+                        self.save()
+                    else:
+                        log.warning("warning: interrupted within a step: the state on disk stays")
+        self.check_written()
+
+    def _position(self) -> tuple[int, int]:
+        """Steps, and torch's count of writes to weights and statistics: these change together."""
+        return self.step, sum(tensor._version for tensor in self.tensors)
+
+    def log_step(self, metrics: dict[str, Tensor]) -> None:
+        """Record the metrics of a step; they stay on the device until the bar is drawn.
+
+        Raises UserError if a step since then was not finite; Stopped after a signal.
+        """
+        self.names = list(metrics)
+        self.pending.append(all_reduce_mean(torch.stack(list(metrics.values()))))
+        self.between_steps = self._position()
+        if self.steps_done == self.steps or time.perf_counter() - self.clock > 1:
+            self._read_metrics()
+        self.check_signal()
+
+    def _read_metrics(self) -> None:
+        """Copy the pending metrics from the device, which waits for their steps."""
+        rows = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending = []
+        for row in rows:
+            metrics = dict(zip(self.names, row, strict=True))
+            if not diagnostics.is_finite(metrics, self.learner.scaler.is_enabled()):
+                self.finite = False
+                raise UserError(diagnostics.explain_divergence(metrics, self.cfg, self.step + 1))
+            self.step_metrics.append(metrics)
+            accuracy = f"{metrics['contrastive_accuracy']:.1%}"
+            self.bar.set_postfix(loss=metrics["loss"], contrastive=accuracy, refresh=False)
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        self.bar.update(len(rows))
+
+    def check_signal(self) -> None:
+        """After a signal: save the state, then raise Stopped, or let its own handler decide."""
+        number = all_reduce_max(self.stop.received or 0)  # so that all ranks stop at one step
+        if number == 0:
+            return
+        command = "the same command" if self.cfg.resume else "the same command without resume=false"
+        ended = f"the state is saved: {command} resumes" if self.save() else self.unwritten["state"]
+        barrier()  # a rank that ends makes torchrun end the others
+        where = f" in epoch {self.epoch + 1} after {self.steps_done} of {self.steps} steps; {ended}"
+        self.stop.act(number, where)
+
+    def end_epoch(self, knn_acc: float | None) -> None:
+        """Complete the epoch and write what is due: metrics, weights, training state."""
+        learning_rate, size = schedule(self.cfg, self.step - 1, self.total_steps)
+        line = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            **diagnostics.epoch_means(self.step_metrics),
+            "knn_acc": knn_acc,
+            "learning_rate": learning_rate,  # of the last step, as the view size
+            "view_size": size,
+            "views_per_second": 2 * self.cfg.batch_size * self.steps / self.seconds,
+            "seconds": self.seconds,
+        }
+        self.history.append(line)
+        self.step_metrics, self.seconds = [], 0.0
+        diagnostics.warn_of_collapse(self.history, self.cfg)
+        if knn_acc is not None:
+            self.bar.set_description(f"kNN {knn_acc:.1%}")
+        last = self.epoch == self.cfg.epochs
+        if rank() == 0:
+            with self._retrying("metrics"):
+                diagnostics.write_metrics(self.run_dir, self.history)
+            self.board.write(self.history)
+        if last or self.epoch % self.cfg.log_interval == 0:
+            self._save_checkpoint()
+        # after the weights: a complete state implies that they are on disk
+        if last or time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes:
+            self.save()
+        self.clock = time.perf_counter()
+
+    def save(self) -> bool:
+        """Write the training state, 8 bytes a weight; returns whether it is on disk."""
+        if self.pending:
+            self._read_metrics()
+        content = {
+            **self.learner.state(),
+            "step": self.step,
+            "step_metrics": self.step_metrics,
+            "seconds": self.seconds,
+            "history": self.history,
+            "images": self.images,
+            "config": asdict(self.cfg),
+            "versions": VERSIONS,
+        }
+        with self._retrying("state"):
+            if rank() == 0:
+                write_file(state_path(self.run_dir, self.cfg.backbone), to_bytes(content))
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+        return "state" not in self.unwritten
+
+    @contextmanager
+    def _retrying(self, what: str) -> Iterator[None]:
+        self.unwritten.pop(what, None)
+        try:
+            yield
+        except UserError as error:
+            self.unwritten[what] = str(error)
+            log.warning(f"warning: {error}")
+
+    def check_written(self) -> None:
+        """Raise UserError if the last write of any file failed."""
+        if self.unwritten:
+            raise UserError("; ".join(self.unwritten.values()))
+
+    def log_summary(self) -> dict[str, float | None]:
+        """Log the last line of metrics.jsonl in words, and return it."""
+        log.info(f"{diagnostics.summary(self.history[-1], self.cfg)}; saved {self._checkpoint()}")
+        return self.history[-1]
