@@ -175,6 +175,7 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
     def _check_together(self) -> None:
         allowed = f"less than epochs, which is {self.epochs}"
         self.require("warmup_epochs", self.warmup_epochs < self.epochs, allowed)
+        self.require("seed", self.seed + self.runs <= 2**32, "at most 4294967296 - runs")
         rate = self.learning_rate
         allowed = f"at most learning_rate, {rate:g}, which follows batch_size unless set"
         self.require("min_learning_rate", self.min_learning_rate <= rate, allowed)

@@ -106,13 +106,12 @@ def embed_in_micro_batches(
     views: Tensor,
     micro_batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient caching: embed(views) in micro-batches; views: (2N, 3, S, S).
+    """Gradient caching: embed(views) in micro-batches; views: (2N, 3, S, S), rows i, N+i: image i.
 
-    Rows i and N+i are the views of image i. Both views of `micro_batch_size` images go through the
-    model without keeping activations, and again in the backward pass, when the gradient of the
-    loss of all 2N views is known. It takes the memory of one micro-batch and the time of a second
-    forward pass. Batch norm takes the statistics of each micro-batch, as several GPUs without
-    synchronised batch norm do, and counts each once.
+    Both views of `micro_batch_size` images go through the model without keeping activations, and
+    again in the backward pass, when the gradient of the loss of all 2N views is known: the memory
+    of one micro-batch, the time of a second forward pass. Batch norm takes the statistics of each
+    micro-batch, as several GPUs without synchronised batch norm do, and counts each once.
     """
     repeated = recomputed(embed, model)
     firsts, seconds = views.chunk(2)

@@ -130,6 +130,8 @@ def main() -> None:
     overrides = [argument for argument in given if "=" in argument and not Path(argument).is_dir()]
     paths = [Path(argument) for argument in given if argument not in overrides]
     runs = [path for path in paths if not path.is_file()]  # a sweep has multirun.yaml beside them
+    if not runs and not overrides:
+        parser.error("there is no run directory among the arguments")
     out = Path(args.out or (runs[0] if runs else "")).expanduser()
     drawn = []
     with error_boundary():

@@ -1,8 +1,8 @@
 """SimCLR's augmentations (App. A) as batched tensor operations.
 
-Every operation takes one set of parameters per image and has static shapes: a whole batch of views
-is made on the device at once without a host sync, and `torch.compile` can trace all of it. The
-operations and the distributions of their parameters are torchvision's; the tests compare both.
+Every image has its own parameters, and shapes are static: a batch of views is made on the device
+without a host sync, and `torch.compile` traces all of it. The operations and the distributions of
+their parameters are torchvision's; the tests compare both.
 """
 
 import math
@@ -30,18 +30,15 @@ VIEWS, CROPS, ORDER = range(3)
 def draw(n: int, seed: int, step: int, stream: int = VIEWS) -> Tensor:
     """Random numbers for n views: (38, n), float32, uniform in [0, 1), on the CPU.
 
-    A pure function of its arguments: a resumed run draws what it would have drawn. Two keys
-    (stream, seed, step), neighbours too, share no random number (numpy's SeedSequence mixes them).
+    A pure function of its arguments. Different (stream, seed, step) share no random number, since
+    numpy's SeedSequence mixes them.
     """
     rng = np.random.default_rng((stream, seed, step))
     return torch.from_numpy(rng.random((ROWS, n), dtype=np.float32))
 
 
 def shuffle(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of n images in an epoch: a permutation (n,), int64, on the CPU.
-
-    A pure function of its arguments, like `draw`.
-    """
+    """The order of n images in an epoch: (n,), on the CPU, a pure function of its arguments."""
     return torch.from_numpy(np.random.default_rng((ORDER, seed, epoch)).permutation(n))
 
 
@@ -72,10 +69,7 @@ def random_views(images: Tensor, u: Tensor, size: int, cfg: Views) -> Tensor:
 
 
 def random_crop_flip(images: Tensor, u: Tensor, size: int, cfg: Views) -> Tensor:
-    """Random resized crop and horizontal flip, as linear evaluation uses in training.
-
-    Shapes and types as for `random_views`.
-    """
+    """Random resized crop and horizontal flip; shapes and types as for `random_views`."""
     boxes = sample_boxes(images.shape, u[BOX], cfg.crop_scale)
     return crop_flip(images, boxes, u[FLIP] < cfg.flip_probability, size)
 

@@ -90,7 +90,7 @@ def decode_file(path: Path, size: int) -> np.ndarray:
         if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:
             raise ValueError(f"{file.n_frames} frames")
         bits = getattr(file, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, ())  # of TIFF
-        if file.mode[0] in "IF" or 16 in bits or re.search(";16[BLN]", str(file.tile)):
+        if file.mode[0] in "IF" or 16 in bits or re.search(";16[BLN]|SGI16|65535", str(file.tile)):
             raise ValueError("more than 8 bits: convert it to 8")
         image = ImageOps.exif_transpose(file)
     if image.has_transparency_data:

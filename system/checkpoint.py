@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import Architecture, keys
 from models import SimCLR
-from system.errors import UserError
+from system.errors import OUT_OF_MEMORY, UserError
 from system.files import write_file
 
 ARCHITECTURE = keys(Architecture)
@@ -36,10 +36,9 @@ def checkpoint_name(backbone: str, epoch: int) -> str:
 def save_checkpoint(
     path: Path, weights: dict[str, Tensor], config: dict[str, Any], epoch: int
 ) -> None:
-    """Write {"model": state dict, "config": plain dict, "epoch": int} atomically.
+    """Write {"model": state dict, "config": plain dict, "epoch": int} atomically, on the CPU.
 
-    The weights are saved as CPU tensors, so that they load without a GPU. Raises UserError if the
-    file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     weights = {name: tensor.cpu() for name, tensor in weights.items()}
     write_file(path, to_bytes({"model": weights, "config": config, "epoch": epoch}))
@@ -53,10 +52,10 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 
 
 def load_checkpoint(path: Path, content: dict[str, type] = CONTENT) -> dict[str, Any]:
-    """Read what `save_checkpoint` or torch.save wrote, on the CPU. Nothing in it is executed.
+    """Read a file of `save_checkpoint` on the CPU. Nothing in it is executed.
 
-    content: the required keys and their types. Raises UserError if there is no such file, the CRC
-    of an entry is wrong, or it was not written by simclr.py.
+    content: the required keys and their types. Raises UserError if it is missing, damaged (the CRC
+    of an entry is wrong) or not of simclr.py.
     """
     saved = _read(path)
     for key, kind in content.items():
@@ -71,8 +70,8 @@ def load_checkpoint(path: Path, content: dict[str, type] = CONTENT) -> dict[str,
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no CRC
             if (entry := archive.testzip()) is not None:
                 raise ValueError(f"wrong CRC of {entry}")
@@ -82,9 +81,9 @@ def _read(path: Path) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message tells how to execute it
         reason = "it is not the plain data of simclr.py or of a state dict"
-    except MemoryError:
-        raise
     except Exception as error:  # the readers raise many types
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path} is damaged or no checkpoint ({reason})")
 

@@ -6,9 +6,8 @@ import logging
 import os
 import re
 import sys
-from argparse import Action, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,9 @@ def register_config() -> None:
     store.store(group="hydra/job_logging", name="simclr", node=config.hydra.pop("job_logging"))
     store.store(name="schema", node=Config)
     store.store(name="simclr_config", node=config)
-    _skip_check_of_lazy_help()
+    # Python 3.14 would check help texts as they are registered: one of Hydra's, up to 1.3.8 at
+    # least, is no string but is made when printed (hydra issue 3121).
+    ArgumentParser._check_help = lambda parser, action: None
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -114,9 +115,8 @@ class CheckConfig(Callback):
             to_config(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the values that all jobs share, and where each job has its results."""
+        """Check where each job has its results; its values are checked when it runs."""
         with error_boundary():
-            to_config(config)
             check_sweep(config.hydra)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -184,19 +184,3 @@ def run_directory() -> Path:
     """The run directory of this job, relative to the working directory where it lies below it."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-
-
-def _skip_check_of_lazy_help() -> None:
-    """Let Hydra start where argparse checks help texts as they are registered (Python 3.14).
-
-    Hydra up to 1.3.8 registers one that is no string but is made when printed (hydra issue 3121).
-    """
-    check = getattr(ArgumentParser, "_check_help", None)
-    if check is not None and not hasattr(check, "__wrapped__"):
-
-        @wraps(check)
-        def check_strings(parser: ArgumentParser, action: Action) -> None:
-            if isinstance(action.help, str):
-                check(parser, action)
-
-        ArgumentParser._check_help = check_strings

@@ -20,11 +20,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def select_device(name: str) -> torch.device:
-    """The device called `name`; `auto` takes the first of cuda, mps, cpu that works.
-
-    `auto` warns where there is a GPU that torch cannot use. Raises ConfigError for a device that
-    this machine does not have, or cannot use.
-    """
+    """The device called `name`; `auto`, the first of cuda, mps, cpu that works, warns of a GPU that
+    torch cannot use. Raises ConfigError for a device that this machine does not have."""
     problem = find_cuda_problem() if name in ("auto", "cuda") else None
     usable = {
         "cuda": problem is None and torch.cuda.is_available(),
@@ -35,6 +32,8 @@ def select_device(name: str) -> torch.device:
     if name not in ("auto", *names):
         allowed = f"one that this machine has, {', '.join(names)}, or auto"
         raise ConfigError(f"device={name}: must be {allowed} ({problem or 'no such device'})")
+    if name == "auto" and problem and "LOCAL_RANK" in os.environ:  # the ranks must not differ
+        raise ConfigError(f"device=auto: {problem}")
     if name == "auto" and problem:
         log.warning(f"warning: runs on {names[0]}, since torch cannot use the GPU: {problem}")
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
@@ -49,10 +48,12 @@ def find_cuda_problem() -> str | None:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        gpu = "the GPU"
+        gpu, index = "the GPU", int(os.environ.get("LOCAL_RANK") or 0)
         try:
-            gpu = torch.cuda.get_device_name()
-            (torch.zeros(1, device="cuda") + 1).item()  # the first kernel
+            gpu = torch.cuda.get_device_name(index)
+            (torch.zeros(1, device=f"cuda:{index}") + 1).item()  # the first kernel
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, AssertionError) as error:
             return f"{gpu}: {str(error).splitlines()[0]}; {remedy}"
     elif caught:
@@ -95,25 +96,24 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 def compile_static(f: Callable[..., Any], choice: bool | str) -> Callable[..., Any]:
     """`f` compiled for static shapes, when it is first called.
 
-    A compiler, Python's headers or triton may be missing, or torch fail: if `choice` is "auto",
-    `f` itself then runs from there on, after a warning; True raises ConfigError. Nothing has run
-    by then, since the backward pass is compiled at once with the forward pass.
+    Where that fails, as without a compiler, `f` itself runs after a warning if `choice` is "auto";
+    True raises ConfigError. Nothing has run by then: the backward pass is compiled too.
     """
     torch.compiler.reset()  # of earlier jobs of a sweep: after eight forms torch stops compiling
+    torch.compiler.set_stance("default")
     functorch.force_non_lazy_backward_lowering = True
-    run = torch.compile(f, dynamic=False)
+    compiled = torch.compile(f, dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal run
         try:
-            return run(*args, **kwargs)
+            return compiled(*args, **kwargs)
         except TorchDynamoException as error:
             text = str(error).split("Set TORCHDYNAMO_VERBOSE")[0].split("Output:\n")[-1]
             reason = f"{type(error).__name__}: {' '.join(text.split())[:200]}"
         if choice is True:
             raise ConfigError(f"compile=true: must be false or auto on this machine ({reason})")
         log.warning(f"warning: compile=auto does not compile on this machine ({reason})")
-        run = f
+        torch.compiler.set_stance("force_eager")  # this function, and others
         return f(*args, **kwargs)
 
     return call

@@ -43,16 +43,15 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Within the block a signal of STOP sets `received` and does nothing else.
+    """Within the block a signal of STOP only sets `received`; one that is ignored stays ignored.
 
-    What is ignored stays ignored, as SIGHUP under nohup. One of AT_ONCE that comes a second time
-    acts as it would outside of the block: it ends a script, and is KeyboardInterrupt in a notebook.
+    One of AT_ONCE that comes again acts as outside: a script ends, a notebook is interrupted.
     """
 
     received: int | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {}
+        self._before, self._first = {}, {}  # handlers; when each signal came first
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             for number in (getattr(signal, name) for name in STOP if hasattr(signal, name)):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -64,30 +63,24 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self._since = number, time.monotonic()
-        elif signal.Signals(number).name in AT_ONCE and time.monotonic() - self._since > SAME:
+        self.received = self.received or number
+        since = time.monotonic() - self._first.setdefault(number, time.monotonic())
+        if signal.Signals(number).name in AT_ONCE and since > SAME:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
 
     def act(self, number: int, message: str) -> None:
-        """Do what the signal asks for, now that the state is saved.
-
-        A handler that a launcher or a caller set before the block decides, and training goes on if
-        it returns; else Stopped is raised.
-        """
+        """Call the handler that a launcher set before the block, which may return; else raise
+        Stopped. To be called when the state is saved."""
         handler = self._before.get(number)
         if not callable(handler) or handler is signal.default_int_handler:
             raise Stopped(number, message)
+        self.received, self._first = None, {}
         handler(number, sys._getframe())
-        self.received = None
 
 
 class Dropping:
-    """stderr, which drops what it cannot write: its reader has ended, or the disk is full.
-
-    In `python simclr.py 2>&1 | tee log` Ctrl-C ends tee before the run.
-    """
+    """stderr, dropping what it cannot write: in `2>&1 | tee log` Ctrl-C ends tee before the run."""
 
     def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno
         return getattr(sys.stderr, name)
@@ -120,7 +113,8 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         return describe_refusal(error), 2
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}", 1
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+    # torch.cuda.graph raises another error over the first one
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{text} {error.__context__}"):
         advice = "activation_checkpointing=true, a micro_batch_size, or a smaller batch_size"
         return f"out of memory ({text[:200] or 'of the host'}): less is taken by {advice}", 1
     return None
@@ -145,10 +139,7 @@ def describe_refusal(error: Exception) -> str:
 
 @contextmanager
 def error_boundary() -> Iterator[None]:
-    """Print an error that `describe` knows as one line on stderr, and exit with its code.
-
-    Other exceptions keep their traceback.
-    """
+    """Print an error that `describe` knows in one line and exit with its code; others pass."""
     try:
         yield
     except BaseException as error:

@@ -31,11 +31,9 @@ RUN_FILES = re.compile(
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` atomically and durably.
+    """Write, flush to disk and rename: a crash or power cut leaves the old file or the new one.
 
-    The content goes to a temporary file, is flushed to disk (fsync) and then renamed, so that a
-    crash or a power cut at any moment leaves either the old file or the new one. Raises UserError
-    if that fails.
+    Raises UserError if that fails.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -102,11 +100,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
 
 @contextmanager
 def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `directory`/.<name>.lock within the block.
+    """Hold the lock `directory`/.<name>.lock within the block. Warns where there are no locks.
 
-    The operating system releases it when the process ends, however it ends; the empty file may
-    stay. While another process holds it: waits, or without `wait` raises UserError. Warns on a file
-    system without locks.
+    While another process holds it: waits, or without `wait` raises UserError.
     """
     lock = FileLock(directory / f".{name}.lock", fallback_to_soft=False)
     try:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 import re
 from dataclasses import asdict, replace
 
@@ -268,6 +269,7 @@ def test_values_of_any_form_that_are_allowed(change):
     assert (cfg.labels, cfg.compile, cfg.finetune_learning_rate) == (0.1, False, [0.1, 1])
     assert cfg.view_sizes == [[16, 0.78], [24, 0.17], [32, 0.05]]
     assert as_list(cfg.finetune_weight_decay) == [0] and change("labels=25").labels == 25
+    assert change("init='~/a.pt'").init == os.path.expanduser("~/a.pt")
     with pytest.raises(ConfigError, match="temperature=-1: must be"):
         replace(cfg, temperature=-1)  # a changed copy is checked too
 
@@ -296,9 +298,6 @@ def test_the_entry_points_start_where_argparse_checks_help_texts(call, monkeypat
     for script in ("simclr.py", "simclr_lin.py"):
         code, error = call(script, "--help")
         assert code == 0 and "recipe: digits, fast, paper, published, simsiam" in call.stdout, error
-    parser = argparse.ArgumentParser()
-    with pytest.raises(ValueError, match="badly formed"):
-        parser.add_argument("--rate", help="100 %")  # all other help texts are checked as before
     monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check_help_at_once)
     if not all(isinstance(text, str) for text in helps):  # Hydra needs the workaround
         with pytest.raises(ValueError, match="badly formed help string"):

@@ -28,7 +28,7 @@ def gpu_is(monkeypatch):
             return torch.ones(1)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Relic 9")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA Relic {index}")
         monkeypatch.setattr(torch, "zeros", compute)
 
     return gpu_is
@@ -63,7 +63,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_remedy_or_warned_of(
 ):
     if kind == "no kernel":
         gpu_is(RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might"))
-        reason = r"NVIDIA Relic 9: CUDA error: no kernel image is available; install the torch"
+        reason = r"NVIDIA Relic 0: CUDA error: no kernel image is available; install the torch"
     elif kind == "old driver":
         monkeypatch.setattr(torch.cuda, "is_available", old_driver)
         reason = r"CUDA initialization: The NVIDIA driver on your system is too old; install the"
@@ -79,6 +79,16 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_remedy_or_warned_of(
     [record] = caplog.records
     assert record.levelname == "WARNING" and "since torch cannot use the GPU" in record.message
     assert reason.split(r"\S+")[0] in record.message and "\n" not in record.message
+
+
+def test_ranks_do_not_fall_back_and_a_full_gpu_is_no_broken_one(gpu_is, monkeypatch):
+    gpu_is(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        select_device("auto")
+    gpu_is(RuntimeError("CUDA error: no kernel image is available"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match="device=auto: NVIDIA Relic 1: CUDA error: no kernel"):
+        select_device("auto")
 
 
 def test_float32_products_are_float32_whatever_the_environment_asks():
@@ -148,6 +158,7 @@ def fail_in(monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
     yield fail_in
+    torch.compiler.set_stance("default")
     torch.compiler.reset()
 
 

@@ -98,8 +98,6 @@ def test_without_a_launcher_a_missing_variable_is_one_line(thin, toy, call, monk
     assert code == 1 and error.count("\n") == 1
     assert error.startswith("error: ") and error.endswith(": start the ranks with torchrun\n")
     assert "environment variable RANK expected" in error
-    code, error = call("simclr_lin.py", "device=cpu")
-    assert code == 2 and error.count("\n") == 1 and "simclr_lin.py runs in one process" in error
     for value in ("", "1"):
         monkeypatch.setenv("WORLD_SIZE", value)
         assert not distributed.is_distributed()

@@ -143,6 +143,8 @@ REFUSED = {
     "float.tif": (encoded("TIFF", FLOAT), "8 bits"),
     "float.pfm": (encoded("PPM", FLOAT), "8 bits"),
     "grey 16.pgm": (encoded("PPM", GREY_16), "8 bits"),
+    "rgb 16.ppm": (b"P6 16 16 65535\n" + bytes(1536), "8 bits"),
+    "rgb 16.sgi": (encoded("SGI", bpc=2), "8 bits"),
     "grey 16.jp2": (encoded("JPEG2000", GREY_16), "8 bits"),
     "empty.png": (b"", "cannot identify"),
     "text.png": (b"no image", "cannot identify"),

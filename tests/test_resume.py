@@ -283,7 +283,7 @@ def test_another_config_is_refused_with_the_ways_on_and_changes_no_file(run):
         ways = ".*resume=false starts over .*hydra.run.dir=PATH starts in another run directory"
         with pytest.raises(ConfigError, match=f"^{reason}: must be as in {folder}{ways}") as error:
             run("run", override)
-    assert str(error.value).count(f"; init={folder} there begins with its weights") == 1
+    assert str(error.value).count(f"beside init={folder} from these weights") == 1
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert lines(run("longer", "epochs=4", f"init={folder}"))[-1]["epoch"] == 4
 
@@ -295,7 +295,7 @@ def test_a_state_of_an_earlier_version_is_refused_with_the_reason(run):
     old = {key: saved[key] for key in ("model", "optimizer", "scaler", "seconds", "history")}
     old |= {"random": {"device": "cpu"}, "order": torch.randperm(24), "found": [], "epoch": 1}
     (folder / LAST).write_bytes(to_bytes({**old, "images": "", "config": saved["config"]}))
-    reason = "of an earlier version, whose random numbers this one does not draw: start over with"
+    reason = "of an earlier version, with other random numbers: start over with"
     with pytest.raises(UserError, match=reason):
         run("run")
 

@@ -675,7 +675,7 @@ def test_the_command_finds_the_checkpoint(lin, call, tmp_path):
     for code, override, reason in (
         (2, "load_epoch=2", "load_epoch=2: must be null beside a checkpoint that is a file"),
         (2, "image_size=16", f"image_size=16: must be 8, as in run/{FILE}"),
-        (1, "checkpoint=gone.pt", "no checkpoint in gone.pt"),
+        (1, "checkpoint=gone.pt", "there is no file gone.pt"),
         (1, "predict=nowhere", "nowhere: No such file or directory"),
     ):
         found, error = lin(f"checkpoint=run/{FILE}", "hydra.run.dir=out", override)

@@ -39,18 +39,17 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Initialise and tear down the process group; each rank uses GPU `LOCAL_RANK`.
+    """Connect the ranks within the block; each uses GPU `LOCAL_RANK`, rank 0 alone logs.
 
-    Rank 0 alone logs and draws progress bars. Raises UserError if the ranks cannot be connected:
-    torch names what is missing.
+    Raises UserError if that fails: torch names what is missing.
     """
     if not is_distributed():
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         dist.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{str(error).splitlines()[0]}: start the ranks with torchrun") from None
@@ -67,9 +66,8 @@ def process_group(device: torch.device) -> Iterator[None]:
 def check_ranks(cfg: Config, device: torch.device) -> None:
     """Raise ConfigError for values that do not fit the number of ranks.
 
-    Every rank gets an equal shard, in equal micro-batches. Shards are multiples of four images,
-    since four neighbours share the places of the hue shift (`random_views`). torch's SyncBatchNorm
-    exists on GPUs only.
+    Shards are equal multiples of four images, since four neighbours share the places of the hue
+    shift (`random_views`). torch's SyncBatchNorm exists on GPUs only.
     """
     ranks, shard = world_size(), cfg.batch_size // world_size()
     equal = ranks == 1 or cfg.batch_size % (4 * ranks) == 0
@@ -90,10 +88,9 @@ def local_shard(x: Tensor, views: int = 1) -> Tensor:
 
 
 def wrap_ddp(model: nn.Module, sync_batchnorm: bool) -> nn.Module:
-    """Wrap the model in DistributedDataParallel, which averages gradients over the ranks.
+    """The model in DistributedDataParallel, which averages gradients over the ranks.
 
-    `sync_batchnorm` takes batch-norm statistics over the whole batch (GPUs only). Without it they
-    are those of each rank's shard, and the running statistics that are saved are rank 0's.
+    Without `sync_batchnorm` batch norm has the statistics of each shard; rank 0's are saved.
     """
     if world_size() == 1:
         return model

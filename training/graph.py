@@ -34,6 +34,8 @@ class GraphedStep:
             self._record(batch, noise)
         self.batch.copy_(batch)
         self.noise.copy_(noise)
+        # a replay does not count as a write, by which an interrupted step is told (training.run)
+        torch.autograd.graph.increment_version(self.optimizer.param_groups[0]["params"][0])
         self.graph.replay()
         return self.metrics
 

@@ -5,7 +5,6 @@ import logging
 import math
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ log = logging.getLogger("simclr")
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
     """Mean squared distance of the two views of an image on the unit sphere, in [0, 4].
 
-    z1, z2: (N, d), row i of both from image i. Wang & Isola 2020 (arXiv 2005.10242), Eq. 4 with
-    α = 2; 0 where both views always have the same direction. A detached float32 scalar.
+    z1, z2: (N, d). Wang & Isola 2020 (arXiv 2005.10242), Eq. 4 with α = 2. Detached.
     """
     z1, z2 = (F.normalize(z.detach().float(), dim=1) for z in (z1, z2))
     return (z1 - z2).square().sum(dim=1).mean()
@@ -30,9 +28,8 @@ def alignment(z1: Tensor, z2: Tensor) -> Tensor:
 def uniformity(z: Tensor) -> Tensor:
     """Logarithm of the mean Gaussian potential of all pairs of images, in [-8, 0].
 
-    z: (N, d), one view of each image, N >= 2. Wang & Isola 2020, Eq. 5 with t = 2; 0 where all
-    embeddings are the same, and about -4 at best, evenly spread in many dimensions. A detached
-    float32 scalar.
+    z: (N, d), one view of each image. Wang & Isola 2020, Eq. 5 with t = 2: 0 where all embeddings
+    are the same, about -4 where they are evenly spread in many dimensions. Detached.
     """
     z = F.normalize(z.detach().float(), dim=1)
     potential = torch.exp(4 * (z @ z.T) - 4)  # -t·|a - b|² = 4·cos - 4
@@ -41,10 +38,9 @@ def uniformity(z: Tensor) -> Tensor:
 
 
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation of normalised embeddings, the mean over dimensions; z: (N, d), N >= 2.
+    """Standard deviation of normalised embeddings, the mean over dimensions; z: (N, d). Detached.
 
     1/√d where they are spread evenly, 0 where all are the same (Chen & He 2021, SimSiam, Fig. 2).
-    A detached float32 scalar.
     """
     return F.normalize(z.detach().float(), dim=1).std(dim=0).mean()
 
@@ -54,18 +50,14 @@ def warn_of_collapse(history: list[dict[str, float | None]], cfg: Config) -> Non
     collapsed = [line for line in history if is_collapsed(line, cfg)]
     if collapsed == history[-1:]:
         log.warning(
-            f"warning: in epoch {len(history)} all images have nearly the same embedding. A "
-            f"collapsed encoder stays so: lower learning_rate ({cfg.learning_rate:g}), or wait if "
-            "this is one of the first epochs"
+            f"warning: in epoch {len(history)} all images have nearly the same embedding: lower "
+            f"learning_rate ({cfg.learning_rate:g}), or wait if this is one of the first epochs"
         )
 
 
 def is_collapsed(line: dict[str, float | None], cfg: Config) -> bool:
-    """Whether the means of an epoch are those of embeddings that are nearly all the same.
-
-    That is: less than a tenth of the largest possible spread, and a contrastive accuracy of at
-    most twice that of chance, 1 in 2N-1.
-    """
+    """Whether an epoch has less than a tenth of the largest possible spread, and a contrastive
+    accuracy of at most twice that of chance, 1 in 2N-1."""
     chance = 1 / (2 * cfg.batch_size - 1)
     narrow = line["z_std"] < 0.1 / math.sqrt(cfg.projection_dim)
     return narrow and line["contrastive_accuracy"] <= 2 * chance
@@ -84,27 +76,21 @@ def summary(line: dict[str, float | None], cfg: Config) -> str:
 
 
 def is_finite(values: dict[str, float], scaled: bool) -> bool:
-    """Whether loss and gradient of a training step are finite.
-
-    With a gradient scaler (`scaled`) the gradient may overflow: the optimizer skips that step.
-    """
+    """Whether loss and gradient are finite. One that is `scaled` may overflow: it is skipped."""
     return math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"]))
 
 
 def explain_divergence(metrics: dict[str, float], cfg: Config, step: int) -> str:
     """The message about a training step, from 1, that is not finite."""
+    loss, norm = metrics["loss"], metrics["gradient_norm"]
     return (
-        f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} in step {step}, which "
-        f"is not saved: start over with resume=false and a lower learning_rate "
-        f"({cfg.learning_rate:g}), a higher temperature ({cfg.temperature:g}) or precision=fp32"
+        f"loss {loss}, gradient norm {norm} in step {step}, which is not saved: start over with "
+        f"resume=false and a lower learning_rate ({cfg.learning_rate:g}) or precision=fp32"
     )
 
 
 def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means of the step metrics over an epoch.
-
-    Gradient norms that overflowed in float16 are skipped, as the optimizer does: None if all did.
-    """
+    """Means of the step metrics; of the gradient norm over steps that did not overflow in fp16."""
     means: dict[str, float | None] = {name: fmean(s[name] for s in steps) for name in steps[0]}
     finite = [s["gradient_norm"] for s in steps if math.isfinite(s["gradient_norm"])]
     return {**means, "gradient_norm": fmean(finite) if finite else None}
@@ -117,16 +103,10 @@ def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None
 
 
 class TensorBoard:
-    """The lines of metrics.jsonl as TensorBoard scalars, one step per epoch.
-
-    What cannot be written, or a TensorBoard that cannot be imported, is one warning: metrics.jsonl
-    has the same.
-    """
+    """The lines of metrics.jsonl as TensorBoard scalars. What fails, the import too, warns once."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.epoch = run_dir, 0
-        self.writer: Any = None
-        self.failed = False
+        self.run_dir, self.writer, self.epoch, self.failed = run_dir, None, 0, False
 
     def write(self, history: list[dict[str, float | None]]) -> None:
         """Add the epochs that are new."""
@@ -136,10 +116,9 @@ class TensorBoard:
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # its protobuf may not fit
 
-                # purge_step: hides the epochs that an earlier process wrote and this one repeats
-                self.writer = SummaryWriter(
-                    self.run_dir, purge_step=self.epoch + 1, filename_suffix=".simclr"
-                )
+                # hides the epochs that an earlier process wrote, which are written again
+                options = {"purge_step": self.epoch + 1, "filename_suffix": ".simclr"}
+                self.writer = SummaryWriter(self.run_dir, **options)
             for line in history[self.epoch :]:
                 for name, value in line.items():
                     if name != "epoch" and value is not None:

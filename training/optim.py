@@ -26,11 +26,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, LARS or Muon; `set_learning_rate` sets the rate at each step.
 
-    SGD's weight decay applies to all parameters, as in the published repository; for the others
-    see their docstrings. `fused` updates all of SGD's in one kernel where the device has one; not
-    with a gradient scaler, since a first step that overflows leaves torch's fused momentum
-    uninitialised (torch 2.14.1, torch/optim/sgd.py). A CUDA graph needs a learning rate that is a
-    tensor. Raises ValueError for a name that is not in `OPTIMIZERS`.
+    SGD's weight decay applies to all parameters, as in the published repository. `fused` updates
+    them in one kernel; not with a gradient scaler, since a first step that overflows leaves torch's
+    fused momentum uninitialised (torch 2.14.1, torch/optim/sgd.py). A CUDA graph needs a learning
+    rate that is a tensor. Raises ValueError for a name that is not in `OPTIMIZERS`.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
@@ -153,10 +152,9 @@ def cosine_learning_rate(
 
 
 def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int:
-    """Progressive resolution: the size in pixels of the views at this step.
+    """Progressive resolution: the size of the views at this step, in pixels.
 
-    view_sizes: [[pixels, fraction of the steps], …] in the order of the run, summing to 1. Small
-    views cost less and come first; evaluation uses the full size.
+    view_sizes: [[pixels, fraction of the steps], …] in the order of the run, summing to 1.
     """
     end = 0.0
     for pixels, fraction in view_sizes:

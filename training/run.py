@@ -28,8 +28,7 @@ log = logging.getLogger("simclr")
 def open_run(run_dir: Path, cfg: Config) -> Iterator[dict[str, Any] | None]:
     """Hold the lock of the run directory in the block, which gets the saved state, if any.
 
-    Raises as `find_state`; UserError if another process trains there, files of another program lie
-    there, or the ranks see different states.
+    Raises as `find_state`; UserError if the directory is in use or holds files of another program.
     """
     with locked(run_dir, "simclr") if rank() == 0 else nullcontext():
         check_ours(run_dir)
@@ -39,10 +38,7 @@ def open_run(run_dir: Path, cfg: Config) -> Iterator[dict[str, Any] | None]:
 
 
 class Run:
-    """Progress and files of a run. A write that fails warns, and is tried again at the next save.
-
-    Attributes: `history`, the lines of metrics.jsonl, one for each completed epoch.
-    """
+    """Progress and files of a run. A write that fails warns, and the next save tries again."""
 
     def __init__(
         self, run_dir: Path, cfg: Config, learner: Learner, *, images: str, steps: int
@@ -50,7 +46,7 @@ class Run:
         """images: fingerprint of the training images; steps: of an epoch."""
         self.run_dir, self.cfg, self.learner = run_dir, cfg, learner
         self.images, self.steps, self.total_steps = images, steps, cfg.epochs * steps
-        self.history: list[dict[str, float | None]] = []
+        self.history: list[dict[str, float | None]] = []  # of metrics.jsonl, a line an epoch
         self.step_metrics: list[dict[str, float]] = []  # of the current epoch
         self.pending: list[Tensor] = []  # the same of the last steps, still on the device
         self.seconds, self.clock = 0.0, time.perf_counter()  # that these steps took; since when
@@ -119,18 +115,20 @@ class Run:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Train in the block. However it ends, the state of the last complete step is saved.
+        """Train in the block. However it ends, the state of the last complete step is saved, but
+        not after a step that is not finite or was interrupted halfway: the state on disk stays.
 
-        But not after a step that is not finite, or was interrupted halfway: the state on disk
-        stays. Raises UserError if a file is not on disk in the end.
+        Raises UserError if the last write of a file failed.
         """
         bar = progress_bar(total=self.total_steps, initial=self.step, unit="step", delay=0.1)
         with self.stop, bar as self.bar:
             self.clock, self.between_steps = time.perf_counter(), self._position()
             try:
                 yield
+                self.check_signal()  # one that came during the last save
             finally:
-                if self.finite and self.step != self.saved_step:
+                again = self.stop.received is not None  # a second signal, or its save has failed
+                if self.finite and not again and self.step != self.saved_step:
                     if self._position() == self.between_steps:
                         self.save()
                     else:
@@ -142,9 +140,9 @@ class Run:
         return self.step, sum(tensor._version for tensor in self.tensors)
 
     def log_step(self, metrics: dict[str, Tensor]) -> None:
-        """Record the metrics of a step; they stay on the device until the bar is drawn.
+        """Count a step and record its metrics, which stay on the device for up to a second.
 
-        Raises UserError if a step since then was not finite; Stopped after a signal.
+        Raises UserError if one is not finite; Stopped after a signal.
         """
         self.names = list(metrics)
         self.pending.append(all_reduce_mean(torch.stack(list(metrics.values()))))
@@ -240,9 +238,11 @@ class Run:
             log.warning(f"warning: {error}")
 
     def check_written(self) -> None:
-        """Raise UserError if the last write of any file failed."""
-        if self.unwritten:
-            raise UserError("; ".join(self.unwritten.values()))
+        """Raise UserError, on every rank, if the last write of any file failed."""
+        if all_reduce_max(len(self.unwritten)):
+            raise UserError(
+                "; ".join(self.unwritten.values()) or "rank 0 could not write its files"
+            )
 
     def log_summary(self) -> dict[str, float | None]:
         """Log the last line of metrics.jsonl in words, and return it."""

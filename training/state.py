@@ -63,10 +63,9 @@ class Learner:
 
 
 def find_state(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
-    """The content (STATE) of the training state in `run_dir`, checked against the config.
+    """The training state in `run_dir` (STATE), or None if the directory holds no run.
 
-    None if the directory holds no run. Raises UserError if it holds one without a usable state,
-    ConfigError if a hyperparameter differs.
+    Raises UserError for a run without a usable state, ConfigError if a hyperparameter differs.
     """
     paths = sorted(run_dir.glob("simclr_*_last.pt"))
     if not paths:
@@ -76,9 +75,7 @@ def find_state(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
     try:
         saved = load_checkpoint(paths[0], {"model": dict, "config": dict})
         if "random" in saved:
-            raise UserError(
-                f"{paths[0]} is of an earlier version, whose random numbers this one does not draw"
-            )
+            raise UserError(f"{paths[0]} is of an earlier version, with other random numbers")
         saved = load_checkpoint(paths[0], STATE)
     except UserError as error:
         raise UserError(f"{error}: {START_OVER}") from None
@@ -89,21 +86,16 @@ def find_state(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
 def check_unchanged(saved: dict[str, Any], cfg: Config, run_dir: Path) -> None:
     """Raise ConfigError if the config differs from that of the saved state in `run_dir`.
 
-    Keys in `may_change` are not compared: they say where and how a run is computed, not what; nor
-    precision=auto, which stands for that of the run.
+    But for the keys in `may_change`, and precision=auto, which stands for that of the run.
     """
     old, new = saved["config"], asdict(cfg)
     left_out = [*may_change(), "precision"] if cfg.precision == "auto" else may_change()
     keys = [key for key in {**new, **old} if key not in left_out]
-    absent = "absent"
-    changed = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
-    if not changed:
-        return
-    pairs = [f"{key}={new.get(key, absent)} (was {old.get(key, absent)})" for key in changed]
-    longer = ""
-    if "epochs" in changed:
-        longer = f"; init={run_dir} there begins with its weights, the schedule starts again"
-    raise ConfigError(
-        f"{', '.join(pairs)}: must be as in {run_dir} to resume that run; resume=false starts over "
-        f"and moves its files aside, hydra.run.dir=PATH starts in another run directory{longer}"
-    )
+    pairs = [(key, new.get(key, "absent"), old.get(key, "absent")) for key in keys]
+    changed = [f"{key}={now} (was {before})" for key, now, before in pairs if now != before]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: must be as in {run_dir} to resume it; resume=false starts "
+            "over, its files move aside; hydra.run.dir=PATH starts in another run directory, "
+            f"beside init={run_dir} from these weights (the schedule starts again)"
+        )
