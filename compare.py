@@ -9,9 +9,8 @@ order does not choose on the test set. Test accuracies of simclr_lin.py stand be
 import argparse
 from pathlib import Path
 
-from evaluation.results import differing_keys, markdown, percent, read_runs
+from evaluation.results import differing_keys, markdown, percent, read_results, read_runs
 from system.errors import UserError, error_boundary
-from system.files import is_results, read_json
 
 
 def compare(runs: list[Path]) -> str:
@@ -22,13 +21,12 @@ def compare(runs: list[Path]) -> str:
     found = read_runs([run for run in runs if run.is_dir()])  # Hydra leaves a file beside them
     if not found:
         raise UserError(f"no run directory among {', '.join(map(str, runs))}")
-    keys = differing_keys([config for config, _ in found.values()])
+    keys = differing_keys(found)
     unique = len({run.name for run in found}) == len(found)
     lines = []
     for run, (config, metrics) in found.items():
         last = metrics[-1] if metrics else {"epoch": 0, "knn_acc": None}
-        path = run / "results.json"
-        tested = read_json(path.read_bytes(), path) if path.exists() and is_results(path) else {}
+        tested = read_results(run / "results.json")
         accuracies = [percent(tested.get(key)) for key in ("linear_acc", "knn_acc")]
         if tested.get("epoch", last["epoch"]) != last["epoch"]:  # of the checkpoint
             accuracies = [text and f"{text} (epoch {tested['epoch']})" for text in accuracies]
@@ -42,8 +40,8 @@ def compare(runs: list[Path]) -> str:
 
 def main() -> None:
     """Print the table."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     args = parser.parse_args()
     with error_boundary():

@@ -15,12 +15,9 @@ named with the reason; the exit code is 0 if a picture was drawn.
 """
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,33 +27,31 @@ from matplotlib.figure import Figure
 from config import Config, ConfigError, keys
 from evaluation import figures
 from evaluation.features import build_encoder, clean_features, open_checkpoint
-from evaluation.results import differing_keys, read_runs
+from evaluation.results import differing_keys, read_results, read_runs
 from images.datasets import Split, draw_stratified, load_split, select_images
 from system.checkpoint import find_checkpoint
 from system.commandline import register_config, to_config
 from system.device import select_device
 from system.errors import UserError, describe, error_boundary
-from system.files import read_config, read_json
+from system.files import read_config
 
 EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no different
 
 
 def curves(runs: list[Path]) -> Figure:
     """The curves of runs, each named by the settings that differ, or by its path."""
-    found = read_runs(runs)
-    differing = differing_keys([config for config, _ in found.values()])
-    named = []
+    found, named = read_runs(runs), []
+    keys = differing_keys(found)
     for run, (config, metrics) in found.items():
-        settings = ", ".join(f"{key} {config.get(key)}" for key in differing)
+        settings = ", ".join(f"{key} {config.get(key)}" for key in keys)
         named.append((settings or str(run), metrics))
     if not any(metrics for _, metrics in named):
         raise UserError("there is no epoch to show yet")
     return figures.plot_curves(named)
 
 
-def embedding(run: Path, cfg: Config) -> Figure:
-    """t-SNE of test images, with the seed's initial weights and with the checkpoint's."""
-    path = find_checkpoint(Path(cfg.checkpoint or run), None, cfg.load_epoch)
+def embedding(path: Path, cfg: Config) -> Figure:
+    """t-SNE of test images, with the seed's initial weights and with those of the checkpoint."""
     saved, cfg = open_checkpoint(cfg, path)
     test = load_split(cfg, "test").to(select_device(cfg.device))
     chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
@@ -68,10 +63,9 @@ def embedding(run: Path, cfg: Config) -> Figure:
     return figures.plot_embedding(panels, test.labels[chosen], test.classes)
 
 
-def neighbours(run: Path, cfg: Config) -> Figure:
+def neighbours(path: Path, cfg: Config) -> Figure:
     """The first test image of up to ten classes, and the training images nearest to it."""
     device = select_device(cfg.device)
-    path = find_checkpoint(Path(cfg.checkpoint or run), None, cfg.load_epoch)
     saved, cfg = open_checkpoint(cfg, path)
     train, test = (load_split(cfg, split).to(device) for split in ("train", "test"))
     first = torch.cat([(test.labels == label).nonzero()[0] for label in test.labels.unique()[:10]])
@@ -79,14 +73,6 @@ def neighbours(run: Path, cfg: Config) -> Figure:
     enc = build_encoder(saved, path, "checkpoint", cfg.seed).to(device).eval()
     h, query_h = (clean_features(enc, split.images, cfg) for split in (train, queries))
     return figures.plot_neighbours(train, h, queries, query_h, cfg.image_size)
-
-
-def confusion(run: Path) -> Figure:
-    """The confusion matrix of the linear evaluation in results.json."""
-    path = run / "results.json"
-    if not path.exists():
-        raise UserError(f"there is no {path} yet: simclr_lin.py makes it")
-    return figures.plot_confusion(read_json(path.read_bytes(), path))
 
 
 def compose_config(run: Path | None, overrides: list[str]) -> Config:
@@ -105,30 +91,34 @@ def compose_config(run: Path | None, overrides: list[str]) -> Config:
 
 def pictures(runs: list[Path], overrides: list[str]) -> dict[str, Callable[[], Figure]]:
     """Name and function of each picture, the quick ones first: none needs another."""
-    found: dict[str, Callable[[], Figure]] = {}
-    if runs:
-        found["curves"] = partial(curves, runs)
-    if len(runs) < 2:
-        cfg = compose_config(runs[0] if runs else None, overrides)
-        found["views"] = lambda: figures.plot_views(load_split(cfg, "pretrain").images, cfg)
-    if len(runs) == 1:
-        found["confusion"] = partial(confusion, runs[0])
-        found["embedding"] = partial(embedding, runs[0], cfg)
-        found["neighbours"] = partial(neighbours, runs[0], cfg)
-    return found
+    if len(runs) > 1:
+        return {"curves": lambda: curves(runs)}
+    cfg = compose_config(runs[0] if runs else None, overrides)
+    views = {"views": lambda: figures.plot_views(load_split(cfg, "pretrain").images, cfg)}
+    if not runs:
+        return views
+
+    def checkpoint() -> Path:
+        return find_checkpoint(Path(cfg.checkpoint or runs[0]), None, cfg.load_epoch)
+
+    return views | {
+        "curves": lambda: curves(runs),
+        "confusion": lambda: figures.plot_confusion(read_results(runs[0] / "results.json")),
+        "embedding": lambda: embedding(checkpoint(), cfg),
+        "neighbours": lambda: neighbours(checkpoint(), cfg),
+    }
 
 
 def main() -> None:
     """Draw all pictures that can be drawn, and print their paths, and why others cannot."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("arguments", nargs="+", metavar="RUN or key=value")
     parser.add_argument("--out", help="directory for the pictures; default: the run's")
     args = parser.parse_args()
-    home = os.path.expanduser("~")
-    given = [re.sub("(^|=)~/", rf"\1{home}/", argument) for argument in args.arguments]
-    overrides = [argument for argument in given if "=" in argument and not Path(argument).is_dir()]
-    paths = [Path(argument) for argument in given if argument not in overrides]
+    given = [text.replace("=~/", f"={Path.home()}/") for text in args.arguments]  # as a shell
+    overrides = [text for text in given if "=" in text and not Path(text).is_dir()]
+    paths = [Path(text).expanduser() for text in given if text not in overrides]
     runs = [path for path in paths if not path.is_file()]  # a sweep has multirun.yaml beside them
     if not runs and not overrides:
         parser.error("there is no run directory among the arguments")

@@ -14,6 +14,7 @@ the terminal, to simclr_lin.log, results.json and results.md.
 import hashlib
 import logging
 import time
+from collections import defaultdict
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from config import Config, ConfigError
+from config import Config
 from evaluation import results as report
 from evaluation.features import accuracy, build_encoder, open_checkpoint
 from evaluation.protocols import Result, make_task, protocols_for, run_protocol
@@ -36,7 +37,6 @@ from system.checkpoint import find_checkpoint
 from system.commandline import run_command, run_directory, to_config
 from system.device import select_device
 from system.files import locked
-from training.distributed import is_distributed
 
 log = logging.getLogger("simclr_lin")
 
@@ -46,25 +46,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, and cfg.baselines, with every protocol in the config.
 
-    given: the keys on the command line; one that contradicts the checkpoint is refused. Returns
-    what it writes to `out_dir`/results.json after each protocol, with accuracies in [0, 1]. Raises
-    ConfigError or UserError for what cannot be evaluated or replaced, or is not finite;
-    RuntimeError if a frozen encoder has changed.
+    Returns what it writes to `out_dir`/results.json after each protocol. given: the keys on the
+    command line. Raises ConfigError or UserError for what contradicts the checkpoint, cannot be
+    evaluated or replaced; RuntimeError if a frozen encoder has changed.
     """
     device = select_device(cfg.device)
     saved, cfg = open_checkpoint(cfg, checkpoint, given)
-    train, test = (load_split(cfg, split).to(device) for split in ("train", "test"))
+    train, test = (load_split(cfg, split) for split in ("train", "test"))
+    images = hashlib.sha256()
+    for values in (train.images, train.labels, test.images, test.labels):
+        images.update(values.contiguous().numpy())
+    train, test = train.to(device), test.to(device)
     results = report.open_results(out_dir, {
         "checkpoint": str(checkpoint),
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "epoch": saved["epoch"],
-        "backbone": cfg.backbone,
-        "dataset": cfg.dataset,
-        "labels": cfg.labels,
+        **{key: getattr(cfg, key) for key in ("backbone", "dataset", "labels", "precision")},
         "training_images": len(draw_labelled(train, cfg).labels),
         "test_images": len(test.labels),
         "classes": test.classes,
-        "precision": cfg.precision,
+        "images_sha256": images.hexdigest(),
         "config": saved["config"],
         "evaluation_config": asdict(cfg),
     })  # fmt: skip
@@ -73,7 +74,7 @@ def evaluate(
     for remark in (*train.remarks, *test.remarks):
         log.info(remark)
 
-    scored: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    scored = defaultdict(list)
     for encoder, run in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
         run_cfg = replace(cfg, seed=cfg.seed + run)
         names = protocols_for(run_cfg, encoder, first_run=run == 0)
@@ -81,15 +82,16 @@ def evaluate(
             continue
         labelled = draw_labelled(train, run_cfg)
         enc = build_encoder(saved, checkpoint, encoder, run_cfg.seed).to(device)
+        start = time.perf_counter()
         task = make_task(run_cfg, encoder, enc, labelled, test.images)
+        extraction = time.perf_counter() - start  # which every protocol would take alone
         for protocol in names:
             start = time.perf_counter()
             outcome = score(run_protocol(protocol, task), test.labels.cpu())
-            outcome["seconds"] = time.perf_counter() - start
+            outcome["seconds"] = extraction + time.perf_counter() - start
             log.info(f"{task.name}, {protocol}: {outcome['accuracy']:.2%}")
-            runs = scored.setdefault((encoder, protocol), [])
-            runs.append(outcome)
-            report.add_row(results, encoder, protocol, runs)
+            scored[encoder, protocol].append(outcome)
+            report.add_row(results, encoder, protocol, scored[encoder, protocol])
             report.write_results(out_dir, results)
     log.info(f"{len(test.labels):,} test images, accuracy in %\n{report.table(results)}")
     return results
@@ -100,12 +102,11 @@ def predict(
 ) -> Path:
     """Classify the images below cfg.predict; returns the path of predictions.csv in `out_dir`.
 
-    The linear layer is trained on the training images, as in `evaluate`; the test set is not read.
-    Raises as `evaluate`.
+    The layer is trained as in `evaluate`; the test set is not read. Raises as `evaluate`.
     """
     device = select_device(cfg.device)
     saved, cfg = open_checkpoint(cfg, checkpoint, given)
-    path = report.check_predictions(out_dir)
+    path = report.open_predictions(out_dir)
     files, images, remarks = load_images(Path(cfg.predict), cfg.image_size, cfg.workers)
     train = load_split(cfg, "train").to(device)
     labelled = draw_labelled(train, cfg)
@@ -114,7 +115,8 @@ def predict(
     task = make_task(cfg, "checkpoint", enc, labelled, images)
     probability, label = run_protocol("linear", task).scores.softmax(dim=1).max(dim=1)
     names = [train.classes[best] for best in label.tolist()]
-    report.write_predictions(path, files, names, probability.tolist())
+    shares = [f"{share:.4f}" for share in probability.tolist()]
+    report.write_predictions(path, zip(files, names, shares, strict=True))
     for remark in (*remarks, *train.remarks):
         log.info(remark)
     log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
@@ -156,8 +158,6 @@ def score(result: Result, labels: Tensor) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")
 def main(cfg: DictConfig) -> None:
     """Check the config, find the checkpoint in Hydra's run directory and evaluate it."""
-    if is_distributed():
-        raise ConfigError("simclr_lin.py runs in one process: start it with python, not torchrun")
     checked, out_dir = to_config(cfg), run_directory()
     overrides = HydraConfig.get().overrides.task
     given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)

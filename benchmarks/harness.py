@@ -101,7 +101,7 @@ def config(*overrides: str) -> Config:
 
 def folder(path: str | Path, *overrides: str) -> list[str]:
     """The overrides for images in a folder, train/<class>/* and test/<class>/*, and others."""
-    return ["dataset=folder", f"data_dir={Path(path).resolve()}", "workers=2", *overrides]
+    return ["dataset=folder", f"data_dir={Path(path).resolve()}", *overrides]
 
 
 def finish_seeds(results: dict[str, list[float]], seeds: int) -> None:

@@ -82,17 +82,16 @@ def train_classifier(
 ) -> None:
     """Train `model` by SGD with a cosine schedule on the images of the index and their labels.
 
-    make_input(indices of a batch, epoch, step) is the input of a step; settings: `epochs`,
-    `batch_size`, `learning_rate`, `weight_decay`. Each image is seen once per epoch, in batches of
-    equal size to within one image: a small last batch would get the same step size as a full one,
-    and batch norm needs two images.
+    make_input(indices of a batch, epoch, step) is the input of a step. The batches of an epoch are
+    equal to within one image: a small last one would get the step size of a full one, and batch
+    norm needs two images.
     """
     cfg, labels, device = task.cfg, task.train.labels, task.h.device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    fused, decay = not scaler.is_enabled(), settings["weight_decay"]
     optimizer = make_optimizer(
-        "sgd", model.parameters(), momentum=cfg.momentum,
-        weight_decay=settings["weight_decay"], fused=not scaler.is_enabled(),
-    )  # fmt: skip
+        "sgd", model.parameters(), momentum=cfg.momentum, weight_decay=decay, fused=fused
+    )
     steps = max(1, min(math.ceil(len(index) / settings["batch_size"]), len(index) // 2))
     total, peak = settings["epochs"] * steps, settings["learning_rate"]
     with progress_bar(total=total, desc="classifier", leave=False) as bar:

@@ -30,7 +30,7 @@ def open_checkpoint(
 ) -> tuple[dict[str, Any], Config]:
     """The content of a checkpoint, and cfg with its architecture and a precision by name.
 
-    Raises ConfigError if a key `given` on the command line contradicts it; as `load_checkpoint`.
+    Raises ConfigError if a key `given` on the command line contradicts it.
     """
     saved = load_checkpoint(path)
     architecture = {key: saved["config"][key] for key in keys(Architecture)}
@@ -48,11 +48,10 @@ def is_finite(values: Tensor) -> bool:
 
 @contextmanager
 def frozen(enc: nn.Module) -> Iterator[None]:
-    """Put the encoder in eval mode without gradients, and check afterwards that it is unchanged.
+    """The encoder in eval mode without gradients; RuntimeError if its SHA-256 changes meanwhile.
 
     `module.requires_grad = False` freezes nothing, and in train mode batch-norm statistics move:
-    both bugs affect the published 92.06 %. Raises RuntimeError if the SHA-256 of the parameters
-    and buffers has changed.
+    both bugs affect the published 92.06 %.
     """
     enc.eval().requires_grad_(False)
     before = _digest(enc)
@@ -69,10 +68,7 @@ def _digest(module: nn.Module) -> bytes:
 
 
 def build_encoder(saved: dict[str, Any], path: Path, encoder: str, seed: int) -> nn.Module:
-    """The encoder of the checkpoint `saved`, which was read from `path`, or a baseline.
-
-    encoder: "checkpoint"; "random", the same network untrained; or "pixels", the image itself.
-    """
+    """encoder: "checkpoint"; "random", the same network untrained; "pixels", the image itself."""
     if encoder == "pixels":
         return nn.Flatten()
     torch.manual_seed(seed)  # weights of an untrained one
@@ -82,10 +78,9 @@ def build_encoder(saved: dict[str, Any], path: Path, encoder: str, seed: int) ->
 
 @torch.no_grad()
 def extract_features(enc: nn.Module, batches: Iterable[Tensor], precision: str) -> Tensor:
-    """Features (N, D) of all rows of the batches (n, 3, S, S), in order.
+    """Features (N, D) of batches (n, 3, S, S), in the precision that the encoder computes in.
 
-    Computed in mixed precision and kept in the encoder's output precision: converting to float32
-    would double the memory and add no information.
+    Converting them to float32 would double the memory and add no information.
     """
     features = []
     for x in batches:
@@ -115,8 +110,7 @@ def crop_features(enc: nn.Module, images: Images, cfg: Config, views: int) -> Te
     """Features (K, N, D) of K = `views` random crops and flips of each image.
 
     The paper's linear evaluation draws new crops in every epoch; since the encoder is frozen, K
-    sets of features can be extracted once and cycled through. The crops do not depend on the batch
-    size. images and cfg: as for `clean_features`.
+    sets of features can be extracted once and cycled through.
     """
     n, features = cfg.batch_size, []
     with progress_bar(iterable=range(views), desc="features of crops", leave=False) as bar:
@@ -140,8 +134,8 @@ def knn_scores(
 ) -> Tensor:
     """Votes (N, classes) of the k nearest neighbours, by cosine, of each query in the bank.
 
-    bank: (M, D), queries: (N, D). Each neighbour has one vote, or exp(cos / τ) with a temperature
-    τ (Wu et al. 2018, arXiv 1805.01978, Sec. 3.4). k is capped at the bank size.
+    bank: (M, D), queries: (N, D). A neighbour has one vote, or with a temperature τ exp(cos / τ)
+    (Wu et al. 2018, arXiv 1805.01978, Sec. 3.4). k is capped at the bank size.
     """
     bank = F.normalize(bank.float(), dim=1)
     scores = []
@@ -157,17 +151,14 @@ def knn_scores(
 def held_out_knn(
     enc: nn.Module, probe: Probe, cfg: Config, *, batch_size: int, check: Callable[[], None]
 ) -> float | None:
-    """kNN accuracy in [0, 1] of the probe's queries in its bank, during pretraining.
+    """kNN accuracy in [0, 1] of the probe's queries in its bank, of an encoder in train mode.
 
-    The encoder runs in eval mode and returns to its former mode. Costs one forward pass per image.
-    `check` is called before each batch, and may raise. None, and a warning, if a feature is not
-    finite, as in eval mode, while the loss, with the statistics of a batch, still is.
+    `check` as for `clean_features`. None, with a warning, if a feature is not finite: in eval mode
+    it may be so while the loss, with the statistics of a batch, is not.
     """
-    was_training, (split, bank, queries) = enc.training, probe
-    try:
-        h = clean_features(enc.eval(), split.images, replace(cfg, batch_size=batch_size), check)
-    finally:
-        enc.train(was_training)
+    split, bank, queries = probe
+    h = clean_features(enc.eval(), split.images, replace(cfg, batch_size=batch_size), check)
+    enc.train()
     if not is_finite(h):
         log.warning("warning: no kNN: in eval mode the features are not finite")
         return None

@@ -4,8 +4,6 @@ No backend and no style of the machine is used: pictures are the same everywhere
 """
 
 import io
-import math
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cycler import cycler
+from matplotlib import cycler
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -31,9 +29,10 @@ COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 RIGHT, WRONG = COLORS[0], COLORS[6]  # blue and orange
 MARKERS = "osD^vP*X<>"
-STYLE = {"font.size": 9, "axes.prop_cycle": cycler(color=COLORS), "text.parse_math": False}
 matplotlib.rcdefaults()
-matplotlib.rcParams.update(STYLE)
+matplotlib.rc("font", size=9)
+matplotlib.rc("axes", prop_cycle=cycler(color=COLORS))
+matplotlib.rc("text", parse_math=False)
 
 
 def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
@@ -44,23 +43,20 @@ def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
         "learning_rate": ("Learning rate", "at the epoch's last step", 1),
         "knn_acc": ("kNN among training images", "accuracy in %", 100),
     }
-    names = [shorten(name, 64) for name, _ in runs]
-    columns = max(1, min(len(runs), 100 // (max(map(len, names)) + 8)))  # 8: line and gaps
-    height = 5 + 0.2 * math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(8, 5 + 0.2 * len(runs)), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (key, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
         for _, metrics in runs:
-            shown = [line for line in metrics if line.get(key) is not None]
-            epochs = [line["epoch"] for line in shown]
-            axis.plot(epochs, [factor * line[key] for line in shown], ".-")
+            shown = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
+            epochs, values = np.array(shown).reshape(-1, 2).T
+            axis.plot(epochs, factor * values, ".-")
         axis.set(title=title, ylabel=unit)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes[1]:
-        axis.set_xlabel("epoch")
+    figure.supxlabel("epoch", fontsize="medium")
     if len(runs) > 1:
-        figure.legend(axes[0, 0].lines, names, loc="outside lower center", ncols=columns)
+        names = [shorten(name, 64) for name, _ in runs]
+        figure.legend(axes[0, 0].lines, names, loc="outside lower center")
     return figure
 
 
@@ -69,25 +65,18 @@ def plot_views(images: Tensor, cfg: Config, rows: int = 8, columns: int = 8) -> 
     chosen = images[shuffle(len(images), cfg.seed, epoch=0)[:rows]]
     u = draw(columns * len(chosen), cfg.seed, step=0)
     views = random_views(chosen.repeat_interleave(columns, 0), u, cfg.image_size, cfg)
-    own = views.unflatten(0, (len(chosen), columns))
-    grid = [[image, *row] for image, row in zip(resize(chosen, cfg.image_size), own, strict=True)]
-    return image_grid("An image and random views of it: any two make a positive pair", grid)[0]
+    title = "An image and random views of it: any two make a positive pair"
+    return image_grid(title, resize(chosen, cfg.image_size), views)[0]
 
 
 def plot_embedding(panels: dict[str, Tensor], labels: Tensor, classes: list[str]) -> Figure:
-    """t-SNE (cosine) of each panel's representations h (N, D), coloured by class (N,).
-
-    Raises UserError for fewer than four images and as `directions`.
-    """
-    if len(labels) < 4:
-        raise UserError(f"t-SNE needs four test images or more, there are {len(labels)}")
+    """t-SNE (cosine) of each panel's representations h (N, D), coloured by class (N,)."""
     labels = labels.cpu().numpy()
     figure = Figure(figsize=(8, 4.3), layout="constrained")
     figure.suptitle(f"t-SNE of the representations h of {len(labels):,} test images", fontsize=10)
     axes = figure.subplots(1, len(panels))
-    tsne = TSNE(
-        metric="cosine", init="pca", perplexity=min(30.0, (len(labels) - 1) / 3), random_state=0
-    )
+    few = min(30.0, (len(labels) - 1) / 3)  # scikit-learn's default, if there are images enough
+    tsne = TSNE(metric="cosine", init="pca", perplexity=few, random_state=0)
     for axis, (title, h) in zip(axes, panels.items(), strict=True):
         points = tsne.fit_transform(directions(h).cpu().numpy())
         for label in range(len(classes)):
@@ -105,34 +94,25 @@ def plot_embedding(panels: dict[str, Tensor], labels: Tensor, classes: list[str]
 def plot_neighbours(
     train: Split, h: Tensor, test: Split, test_h: Tensor, size: int, columns: int = 8
 ) -> Figure:
-    """Each test image, and in its row the nearest training images by cosine.
-
-    h, test_h: representations of the images of both. Raises UserError as `directions`.
-    """
+    """Each test image, and in its row the training images whose h (N, D) is nearest by cosine."""
     unit = directions(torch.cat([test_h, h]))
     cosine = unit[: len(test_h)] @ unit[len(test_h) :].T
     nearest = cosine.topk(min(columns, len(h)), dim=1).indices
     title = "Test images and the training images nearest to them: blue, the same class; orange, not"
-    queries = resize(test.images, size)
-    rows = zip(queries, nearest, strict=True)
-    grid = [[query, *resize(train.images[index], size)] for query, index in rows]
-    figure, axes = image_grid(title, grid)
+    found = resize(train.images[nearest.flatten()], size)
+    figure, axes = image_grid(title, resize(test.images, size), found)
     for row, own, index in zip(axes, test.labels, nearest, strict=True):
         row[0].set_ylabel(shorten(test.classes[own]), rotation=0, ha="right", va="center")
         for axis, label in zip(row[1:], train.labels[index], strict=True):
             color = RIGHT if label == own else WRONG
             axis.spines[:].set(visible=True, color=color, linewidth=2.5)
-            if label != own:
-                name = shorten(train.classes[label], 10)
-                axis.set_xlabel(name, color=WRONG, fontsize=7, labelpad=2)
+            name = "" if label == own else shorten(train.classes[label], 10)
+            axis.set_xlabel(name, color=color, fontsize=7, labelpad=2)
     return figure
 
 
 def plot_confusion(results: dict[str, Any]) -> Figure:
-    """Confusion matrix in % of each true class; results: of results.json.
-
-    Raises UserError if it has no linear evaluation.
-    """
+    """Confusion matrix in % of each true class. Raises UserError if results.json has none."""
     if "confusion" not in results:
         raise UserError("results.json has no linear evaluation: simclr_lin.py makes it")
     counts, names = np.array(results["confusion"]), [shorten(c) for c in results["classes"]]
@@ -141,9 +121,7 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
     axis = figure.subplots()
     few = len(matrix) <= 20  # more numbers and names than that can't be read
     shown = ConfusionMatrixDisplay(matrix, display_labels=names if few else None)
-    shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=45)
-    for label in axis.get_xticklabels():
-        label.set(ha="right", rotation_mode="anchor")
+    shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=90)
     axis.images[0].colorbar.set_label("% of the true class")
     images, accuracy = results["training_images"], results["linear_acc"]
     title = f"Linear layer, {images:,} labelled training images: {accuracy:.1%} right"
@@ -154,8 +132,7 @@ def plot_confusion(results: dict[str, Any]) -> Figure:
 def directions(h: Tensor) -> Tensor:
     """Unit vectors (N, D), float32, of representations h (N, D): their products are cosines.
 
-    Raises UserError where all are the same, or zero, to the accuracy of float32: they say nothing,
-    and t-SNE would end in a segmentation fault.
+    Raises UserError where all are the same: t-SNE would end in a segmentation fault.
     """
     unit = F.normalize(h.float(), dim=1)
     if ((unit - unit[0]).abs() < 1e-6).all():
@@ -163,14 +140,15 @@ def directions(h: Tensor) -> Tensor:
     return unit
 
 
-def image_grid(title: str, rows: list[list[Tensor]]) -> tuple[Figure, Any]:
-    """A grid of images (3, S, S) in [0, 1] without ticks and frames; returns figure and axes."""
-    height, width = len(rows), len(rows[0])
+def image_grid(title: str, first: Tensor, others: Tensor) -> tuple[Figure, Any]:
+    """Figure and axes of a grid: each image of `first` (N, 3, S, S) and K of `others` (N·K, …)."""
+    rows = torch.cat([first[:, None], others.unflatten(0, (len(first), -1))], dim=1)
+    height, width = rows.shape[:2]
     figure = Figure(figsize=(8, 8 * (height + 0.4) / (width + 0.6)), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.02, wspace=0.02)
     figure.suptitle(title, fontsize=10)
-    for axis, image in zip(axes.flat, chain(*rows), strict=True):
+    for axis, image in zip(axes.flat, rows.flatten(0, 1), strict=True):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)

@@ -4,52 +4,56 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeAlias
 
 from config import BASELINES, Config, Execution, keys, may_change
 from system.errors import UserError
 from system.files import is_results, read_config, read_json, read_metrics, write_file
 
-# Keys of the config that change no row. Of Execution data_dir does: with dataset=folder.
+# Keys of the config that change no row.
 FREE = {*keys(Execution), "protocols", "baselines", "runs", "checkpoint", "load_epoch", "predict"}
-SETTINGS = [key for key in keys(Config) if key == "data_dir" or key not in FREE]
+SETTINGS = [key for key in keys(Config) if key not in FREE]
 COLUMNS = ["file", "class", "probability"]  # of predictions.csv
+Run: TypeAlias = tuple[dict[str, Any], list[dict[str, Any]]]  # config, and metrics of each epoch
+
+
+def results_path(out_dir: Path, labels: float | None) -> Path:
+    """results.json, or with few labels results_labels<…>.json."""
+    return out_dir / ("results.json" if labels is None else f"results_labels{labels}.json")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of results.json; empty if there is none, or a file of another program."""
+    return read_json(path.read_bytes(), path) if path.exists() and is_results(path) else {}
 
 
 def open_results(out_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The content of results.json before the first protocol: `about`, and the rows that stay.
+    """`about` (checkpoint, data, config), with the rows that an earlier evaluation left of them.
 
-    about: checkpoint, data and config of an evaluation. Rows of an earlier one of the same
-    checkpoint, data and settings stay. Raises UserError if a file that would be replaced was not
-    written by simclr_lin.py.
+    Raises UserError if a file that would be replaced was not written by simclr_lin.py.
     """
-    path, results = results_path(out_dir, about), {**about, "protocols": []}
-    if not path.exists():
-        refuse_unless(not path.with_suffix(".md").exists(), path.with_suffix(".md"))
-        return results
-    refuse_unless(is_results(path), path)
-    earlier = read_json(path.read_bytes(), path)
-    return {**earlier, **about} if _identity(earlier) == _identity(about) else results
+    path = results_path(out_dir, about["labels"])
+    earlier = read_results(path)
+    for file in (path, path.with_suffix(".md")):
+        refuse_unless(bool(earlier), file)
+    if earlier and _identity(earlier) == _identity(about):
+        return {**earlier, **about}
+    return {**about, "protocols": []}
 
 
 def _identity(results: dict[str, Any]) -> list[Any]:
     """What two evaluations have in common if their rows may stand in one table."""
     config = results.get("evaluation_config", {})
-    data = [results.get(key) for key in ("sha256", "training_images", "test_images", "classes")]
+    data = [results.get(key) for key in ("sha256", "images_sha256", "classes")]
     return data + [config.get(key) for key in SETTINGS]
 
 
-def results_path(out_dir: Path, about: dict[str, Any]) -> Path:
-    """results.json, or with few labels results_labels<…>.json."""
-    labels = about["labels"]
-    return out_dir / ("results.json" if labels is None else f"results_labels{labels}.json")
-
-
 def refuse_unless(ours: bool, path: Path) -> None:
-    """Raise UserError for a file of another program, which is never replaced."""
-    if not ours:
+    """Raise UserError if the file is there and of another program: it is never replaced."""
+    if path.exists() and not ours:
         remedy = "move it away, or choose another run directory with hydra.run.dir=PATH"
         raise UserError(f"{path} was not written by simclr_lin.py: {remedy}")
 
@@ -57,9 +61,9 @@ def refuse_unless(ours: bool, path: Path) -> None:
 def add_row(
     results: dict[str, Any], encoder: str, protocol: str, runs: list[dict[str, Any]]
 ) -> None:
-    """Add the row of a protocol, or replace it: mean and deviation of its runs, from `score`.
+    """Add the row of a protocol, or replace it; runs: one `score` for each seed.
 
-    The deviation is that of a sample (n - 1), None for one run. The linear row of the checkpoint
+    std is the deviation of a sample (n - 1), None for one run. The linear row of the checkpoint
     brings the confusion matrix, summed over the runs, a row of counts for each true class.
     """
     accuracies = [run["accuracy"] for run in runs]
@@ -79,8 +83,8 @@ def add_row(
     encoders = ["checkpoint", *BASELINES]
     results["protocols"] = sorted(rows.values(), key=lambda row: encoders.index(row["encoder"]))
     linear, knn = (rows.get(("checkpoint", name), {}) for name in ("linear", "knn"))
-    results["linear_acc"], results["linear_top5"] = linear.get("accuracy"), linear.get("top5")
-    results["knn_acc"] = knn.get("accuracy")
+    results["linear_acc"], results["knn_acc"] = linear.get("accuracy"), knn.get("accuracy")
+    results["linear_top5"] = linear.get("top5")
     if row is linear:
         confusion = sum(run["confusion"] for run in runs)
         correct = (confusion.diagonal() / confusion.sum(dim=1)).tolist()
@@ -90,7 +94,7 @@ def add_row(
 
 def write_results(out_dir: Path, results: dict[str, Any]) -> None:
     """Write results.json and results.md, each atomically. Raises UserError if that fails."""
-    path = results_path(out_dir, results)
+    path = results_path(out_dir, results["labels"])
     text = (
         f"{results['checkpoint']} (epoch {results['epoch']}, SHA-256 {results['sha256']}): "
         f"{results['backbone']} on {results['dataset']}, {results['training_images']:,} labelled "
@@ -106,12 +110,10 @@ def table(results: dict[str, Any]) -> str:
     """The rows as a Markdown table, accuracies in %."""
     lines = [["encoder", "protocol", "accuracy", "n", "top-5", "seconds a run"]]
     for row in results["protocols"]:
-        accuracy = percent(row["accuracy"])
-        if row["std"] is not None:
-            accuracy += f" ± {percent(row['std'])}"
-        protocol, seconds = row["protocol"].replace("_", " "), f"{row['seconds']:.0f}"
-        cells = [row["encoder"], protocol, accuracy, str(row["n"]), percent(row["top5"]), seconds]
-        lines.append(cells)
+        spread = "" if row["std"] is None else f" ± {percent(row['std'])}"
+        accuracy, seconds = percent(row["accuracy"]) + spread, f"{row['seconds']:.0f}"
+        protocol, top5 = row["protocol"].replace("_", " "), percent(row["top5"])
+        lines.append([row["encoder"], protocol, accuracy, str(row["n"]), top5, seconds])
     return markdown(lines)
 
 
@@ -134,27 +136,22 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
-def check_predictions(out_dir: Path) -> Path:
+def open_predictions(out_dir: Path) -> Path:
     """The path of predictions.csv. Raises UserError if a file with other columns is there."""
     path = out_dir / "predictions.csv"
-    ours = not path.exists() or path.read_bytes().splitlines()[:1] == [",".join(COLUMNS).encode()]
+    ours = path.exists() and path.read_bytes().startswith(",".join(COLUMNS).encode())
     refuse_unless(ours, path)
     return path
 
 
-def write_predictions(
-    path: Path, files: list[Path], classes: list[str], probabilities: list[float]
-) -> None:
+def write_predictions(path: Path, rows: Iterable[tuple[Path, str, str]]) -> None:
     """Write predictions.csv: the path of each file, its predicted class and the probability."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    for file, name, probability in zip(files, classes, probabilities, strict=True):
-        writer.writerow([file, name, f"{probability:.4f}"])
+    csv.writer(text).writerows([COLUMNS, *rows])
     write_file(path, text.getvalue().encode(errors="surrogateescape"))
 
 
-def read_runs(runs: list[Path]) -> dict[Path, tuple[dict[str, Any], list[dict[str, Any]]]]:
+def read_runs(runs: list[Path]) -> dict[Path, Run]:
     """Config and metrics of run directories; one that cannot be read is named on stderr."""
     found = {}
     for run in runs:
@@ -165,7 +162,8 @@ def read_runs(runs: list[Path]) -> dict[Path, tuple[dict[str, Any], list[dict[st
     return found
 
 
-def differing_keys(configs: list[dict[str, Any]]) -> list[str]:
+def differing_keys(runs: dict[Path, Run]) -> list[str]:
     """The keys in which the configs of runs differ, but those that may change within a run."""
+    configs = [config for config, _ in runs.values()]
     every = dict.fromkeys(key for config in configs for key in config if key not in may_change())
     return [key for key in every if len({str(config.get(key)) for config in configs}) > 1]

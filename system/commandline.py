@@ -82,7 +82,9 @@ def run_command(main: Callable[[], Any]) -> None:
     logging.raiseExceptions = False  # a line that cannot be written is dropped
     with error_boundary():
         for n, argument in enumerate(sys.argv[1:], 1):
-            sys.argv[n] = re.sub(r"^([^=]+=['\"]?)(~[^/'\"]*)", _expand_home, argument)
+            home = re.match(r"([^=]+=['\"]?)(~[^/'\"]*)", argument)  # to Hydra ~ is a letter
+            if home:
+                sys.argv[n] = home[1] + os.path.expanduser(home[2]) + argument[home.end() :]
             if argument.startswith("recipe=["):  # Hydra would mix them under the name of the last
                 raise ConfigError(f"{argument}: must be the name of one recipe")
         register_config()
@@ -93,11 +95,6 @@ def run_command(main: Callable[[], Any]) -> None:
             if key is None:
                 raise
             raise ConfigError(_no_such_key(key[1])) from None
-
-
-def _expand_home(match: re.Match[str]) -> str:
-    """For Hydra ~ is a character of a value as any other."""
-    return match[1] + os.path.expanduser(match[2])
 
 
 def _no_such_key(key: str) -> str:

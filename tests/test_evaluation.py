@@ -29,22 +29,6 @@ def noise(n):
     return torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=rng)
 
 
-def test_frozen_catches_batch_norm_in_train_mode():
-    enc = encoder()
-    with pytest.raises(RuntimeError, match="frozen encoder has changed"), frozen(enc):
-        enc.train()
-        with torch.no_grad():
-            enc(torch.rand(4, 3, 8, 8))
-
-
-def test_frozen_catches_a_step_on_the_encoder():
-    enc = encoder()
-    with pytest.raises(RuntimeError, match="frozen encoder has changed"), frozen(enc):
-        enc.requires_grad_(True)
-        enc(torch.rand(4, 3, 8, 8)).sum().backward()
-        torch.optim.SGD(enc.parameters(), lr=0.1).step()
-
-
 def test_frozen_gives_no_gradient_and_is_silent_when_nothing_moves():
     enc = encoder().train()
     with frozen(enc):

@@ -18,6 +18,7 @@ import simclr
 import training.run
 from system.checkpoint import load_checkpoint
 from system.errors import Stopped, UserError, describe
+from training.run import Run
 from training.state import STATE
 
 SMALL = ["projection_dim=8", "hidden_dim=16", "knn_interval=0", "epochs=3"]  # three steps an epoch
@@ -161,6 +162,21 @@ def test_no_room_for_the_first_state_ends_the_run_and_leaves_no_trace(cfg, tmp_p
         simclr.pretrain(cfg(), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".simclr.lock"]
     assert simclr.pretrain(cfg(), tmp_path / "run")["epoch"] == 3
+
+
+def test_a_signal_during_the_last_save_ends_the_sweep_of_the_run(cfg, tmp_path, monkeypatch):
+    """The run itself is complete."""
+
+    def stopped(run, knn_acc):
+        end_epoch(run, knn_acc)
+        if run.epoch == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    end_epoch = Run.end_epoch
+    monkeypatch.setattr(Run, "end_epoch", stopped)
+    with handler("SIGTERM", signal.SIG_DFL), pytest.raises(Stopped):
+        simclr.pretrain(cfg(), tmp_path)
+    assert last_state(tmp_path)["step"] == 9
 
 
 def test_a_signal_on_a_full_disk_says_that_nothing_is_saved(cfg, tmp_path, monkeypatch):

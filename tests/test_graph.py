@@ -34,7 +34,8 @@ def test_a_replayed_step_gets_batch_noise_and_learning_rate_of_each_step(monkeyp
         rate = optimizer.param_groups[0]["lr"]
         return {"sum": batch.sum() + 10 * noise.sum() + 100 * size + 1000 * rate}
 
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=torch.zeros(()))
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=torch.zeros(()))
     graphed = GraphedStep(step, optimizer)
 
     @contextmanager
@@ -47,7 +48,9 @@ def test_a_replayed_step_gets_batch_noise_and_learning_rate_of_each_step(monkeyp
     for i in range(20):
         set_learning_rate(optimizer, 0.1 * i)
         batch, noise = torch.full((4, 2), float(i)), torch.full((3,), i / 7)
+        written = weight._version
         found = graphed(batch, noise, 16 if i < 9 else 24)["sum"].item()
+        assert graphed.graph is None or weight._version > written  # a write, as Run counts them
         assert found == pytest.approx(step(batch, noise, 16 if i < 9 else 24)["sum"].item())
     assert FakeGraph.made == 2 and EAGER_STEPS < 9  # one for each size
 

@@ -22,6 +22,7 @@ from images.datasets import Split
 from models import SimCLR
 from system.checkpoint import load_checkpoint
 from system.errors import UserError
+from system.files import locked
 
 FILE = "simclr_resnet18_epoch2.pt"
 FROZEN = "protocols=[knn,linear,linear_clean,logistic]"
@@ -183,7 +184,7 @@ def test_other_rows_are_dropped(evaluate, checkpoint, write_images, tmp_path, ch
     """Of another checkpoint, of other data, or with other settings."""
     evaluate("protocols=[linear]")
     if change == "data_dir":
-        change = f"data_dir={write_images(tmp_path / 'other', train=8, test=3)}"
+        change = f"data_dir={write_images(tmp_path / 'other', train=9, test=3)}"
     if change == "checkpoint":
         torch.save({**torch.load(checkpoint, weights_only=True), "epoch": 3}, checkpoint)
         change = "seed=42"
@@ -277,15 +278,12 @@ def test_a_protocol_that_moves_the_encoder_fails(
     """The two bugs of the published repository, put into each protocol: there is no row of it."""
     run = protocols.RUN[protocol]
 
-    @torch.no_grad()
-    def move(task):
-        if place == "enc.train()":
-            task.enc.train()(torch.rand(4, 3, 8, 8))
-        else:
-            next(task.enc.parameters()).add_(1e-6)
-
     def unfrozen(task):
-        move(task)
+        with torch.no_grad():
+            if place == "enc.train()":
+                task.enc.train()(torch.rand(4, 3, 8, 8))
+            else:
+                next(task.enc.parameters()).add_(1e-6)
         return run(task)
 
     monkeypatch.setitem(protocols.RUN, protocol, unfrozen)
@@ -458,12 +456,12 @@ def test_candidates_are_scored_on_the_held_out_images_alone(toy):
 
     held_out = protocols.hold_out(task.train.labels, 0.1, 5, "")[1].tolist()
     candidates = [{"c": math.nan}, {"c": 1.0}]
-    classifier, chosen, selection = protocols.fit_best(task, candidates, fit, task.h)
-    assert [(len(part), part) for *_, part in scored] == [(3, held_out)] * 2
-    assert [number for _, number, _ in scored] == [27, 27] and chosen == {"c": 1.0}
-    assert [one["accuracy"] for one in selection["candidates"]] == [None, 0]
-    classifier(task.h)
-    assert scored[-1][:2] == (1.0, 30)
+    test_h = torch.arange(6)[:, None]
+    result = protocols.fit_best(task, candidates, fit, inputs=task.h, test_inputs=test_h)
+    assert [(number, part) for _, number, part in scored[:2]] == [(27, held_out)] * 2
+    assert len(held_out) == 3 and result.settings == result.selection["chosen"] == {"c": 1.0}
+    assert [one["accuracy"] for one in result.selection["candidates"]] == [None, 0]
+    assert scored[2:] == [(1.0, 30, [*range(6)])] and len(result.scores) == 6
 
 
 def test_the_penalty_of_the_logistic_regression_is_chosen(evaluate, plain_colors, monkeypatch):
@@ -684,12 +682,11 @@ def test_the_command_finds_the_checkpoint(lin, call, tmp_path):
     assert "after epoch 7 in run" in lin("hydra.run.dir=run", "load_epoch=7")[1]
 
 
-def test_the_command_runs_in_one_process(lin, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, error = lin("hydra.run.dir=run")
-    assert code == 2 and "start it with python, not torchrun" in error
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert lin("hydra.run.dir=run")[0] == 0
+def test_a_second_process_is_refused(lin, tmp_path):
+    """Such as another rank of torchrun."""
+    with locked(tmp_path / "run", "simclr_lin"):
+        code, error = lin("hydra.run.dir=run")
+    assert code == 1 and "run is in use by another simclr_lin.py" in error
 
 
 def test_a_copy_of_the_script_behaves_as_the_script(lin, tmp_path):

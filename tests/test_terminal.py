@@ -15,7 +15,15 @@ from hydra.errors import HydraException
 
 from config import ConfigError
 from system import errors
-from system.errors import STOP, Stopped, StopSignals, UserError, error_boundary, progress_bar
+from system.errors import (
+    STOP,
+    Stopped,
+    StopSignals,
+    UserError,
+    describe,
+    error_boundary,
+    progress_bar,
+)
 
 TRAIN = ["dataset=digits", "image_size=8", "batch_size=256", "hidden_dim=8", "projection_dim=8",
          "knn_interval=0", "epochs=1", "device=cpu", "compile=false"]  # fmt: skip
@@ -88,6 +96,14 @@ def test_the_exit_code_is_that_of_the_run_whatever_becomes_of_its_output(tmp_pat
     subprocess.run(["sh", "-c", shell, "sh", *command], cwd=tmp_path, env=environment, timeout=120)
     assert (tmp_path / "code").read_text() == "0\n"
     assert (tmp_path / "logs/SimCLR/digits/resnet18/simclr_resnet18_epoch1.pt").is_file()
+
+
+def test_memory_that_ran_out_while_a_graph_was_recorded_is_told():
+    """torch.cuda.graph then raises another error, over it."""
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    assert describe(error)[0].startswith("out of memory")
+    assert describe(RuntimeError("a bug")) is None
 
 
 @pytest.mark.parametrize(
