@@ -132,7 +132,8 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
         self._check_together()
         for key in ("data_dir", "init", "checkpoint", "predict"):
             if (path := getattr(self, key)) is not None:
-                self.require(key, bool(path.strip()), "a path")  # as of a shell's unset variable
+                named = isinstance(path, str) and path.strip() != ""  # an unset variable of a shell
+                self.require(key, named, "a path")
                 setattr(self, key, os.path.expanduser(path))
 
     def require(self, key: str, condition: bool, allowed: str) -> None:

@@ -56,7 +56,7 @@ def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
     figure.supxlabel("epoch", fontsize="medium")
     if len(runs) > 1:
         names = [shorten(name, 64) for name, _ in runs]
-        figure.legend(axes[0, 0].lines, names, loc="outside lower center")
+        figure.legend(axes[0, 0].lines, names, loc="outside upper center")
     return figure
 
 

@@ -280,10 +280,10 @@ def test_another_config_is_refused_with_the_ways_on_and_changes_no_file(run):
         ("backbone=resnet34", r"backbone=resnet34 \(was resnet18\)"),
         ("epochs=4", r"epochs=4 \(was 3\)"),
     ):
-        ways = ".*resume=false starts over .*hydra.run.dir=PATH starts in another run directory"
-        with pytest.raises(ConfigError, match=f"^{reason}: must be as in {folder}{ways}") as error:
+        with pytest.raises(ConfigError, match=f"^{reason}: must be as in {folder} to ") as error:
             run("run", override)
-    assert str(error.value).count(f"beside init={folder} from these weights") == 1
+        for way in ("resume=false starts over", "hydra.run.dir=PATH", f"init={folder}"):
+            assert way in str(error.value)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert lines(run("longer", "epochs=4", f"init={folder}"))[-1]["epoch"] == 4
 
