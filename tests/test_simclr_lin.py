@@ -113,6 +113,7 @@ def test_results_are_written_with_their_source(evaluate, checkpoint):
     assert results["linear_acc"] == found["checkpoint", "linear"]["accuracy"]
     assert results["knn_acc"] == found["checkpoint", "knn"]["accuracy"]
     assert results["linear_top5"] is None  # three classes
+    assert found["checkpoint", "knn"]["settings"] == {"k": 10}
     assert found["checkpoint", "weighted_knn"]["settings"] == {"k": 200, "temperature": 0.07}
     assert found["checkpoint", "linear"]["settings"] == {
         "views": 2, "epochs": 2, "batch_size": 8, "learning_rate": pytest.approx(0.1 * 8 / 256),
