@@ -35,12 +35,9 @@ def refuse(call, tmp_path):
         ("batch_size=abc", "batch_size=abc: Value 'abc' of type 'str' could not be converted to"),
         ("batch_size=null", "batch_size=null: field 'batch_size' is not Optional"),
         ("temperature=nan", "temperature=nan: must be a number above 0"),
-        ("temperature=inf", "temperature=inf: must be a number above 0"),
-        ("dataset=imagenet", "dataset=imagenet: must be one of cifar10, cifar100, stl10, digits, "),
         ("min_learning_rate=9", "min_learning_rate=9.0: must be at most learning_rate, 0.6"),
         ("init=", "init=: must be a path"),  # a shell's unset variable
         ("batchsize=3", "batchsize: no such key; did you mean batch_size? there are backbone, "),
-        ("+batchsize=3", "batchsize: no such key; did you mean batch_size? there are backbone, "),
         ("+foo=1", "foo: no such key; there are backbone, projection_dim"),
         ("hydra.nosuch=3", "hydra.nosuch: no such key"),
         ("recipe=nope", "Could not find 'recipe/nope' Available options in 'recipe': digits fast"),
@@ -51,20 +48,18 @@ def refuse(call, tmp_path):
         ("~temperature", "temperature: must have a value"),
         ("temperature=???", "temperature: must have a value"),
         ("temperature=${nosuch}", "temperature: Interpolation key 'nosuch' not found"),
-        ("temperature=${nosuch:1}", "temperature: Unsupported interpolation type nosuch"),
         ("temperature=${temperature}", "temperature: Recursive interpolation detected"),
         ("data_dir=${oc.env:NO_SUCH}/x", "Environment variable 'NO_SUCH' not found"),
         ("learning_rate=${per_256:a,b}", "learning_rate: TypeError raised while resolving"),
-        ("dataset=${backbone}", "dataset=resnet18: must be one of cifar10"),
         ("hydra.run.dir=${nosuch}", "hydra.run.dir: Interpolation key 'nosuch' not found"),
         ("data_dir=a,b", "Ambiguous value for argument 'data_dir=a,b'"),
         ("temperature", "Error parsing override 'temperature'"),
         ("seed=1=2", "seed=1=2: mismatched input '='"),
-        ("protocols=[knn", "protocols=[knn: no viable alternative"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(refuse, tmp_path, override, message):
-    assert message in refuse(2, PRETRAIN, override)
+    nowhere = "dataset=folder", "data_dir=nowhere"  # what is not refused does not train
+    assert message in refuse(2, PRETRAIN, *nowhere, override)
     assert not [*tmp_path.iterdir()]
 
 

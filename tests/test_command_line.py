@@ -73,6 +73,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(train, call, tmp_path, monk
 def test_hydra_s_own_choices_of_logging_train(train, choice):
     code, error = train(f"hydra/job_logging={choice}", "hydra.run.dir=run")
     assert code == 0 and Path("run/simclr_resnet18_epoch1.pt").is_file(), error
+    assert Path("run/simclr.log").exists() == (choice == "default")
 
 
 def test_hydra_s_options_print_the_config_and_make_nothing(call, tmp_path):
@@ -88,7 +89,8 @@ def test_hydra_s_options_print_the_config_and_make_nothing(call, tmp_path):
 
 def test_a_copy_of_the_script_behaves_as_the_script(train, tmp_path):
     copy = shutil.copy(REPOSITORY / PRETRAIN, tmp_path / "my_simclr.py")
-    for override in ("checkpoint=x.pt", "min_learning_rate=9", "batchsize=8"):
+    for override in ("min_learning_rate=9", "batchsize=8", "checkpoint=x.pt"):
+        assert not Path("logs").exists()
         code, error = train(override, script=copy)
         assert (code, error) == train(override) and code == 2
     for script, folder in ((PRETRAIN, "a"), (copy, "b")):
