@@ -112,7 +112,6 @@ class Evaluation:
     finetune_views: int = between(1)
     finetune_learning_rate: Any = between(0, above=True)  # a number, or a list to choose from
     finetune_weight_decay: Any = between(0)  # as well
-    predict: str | None
 
 
 # In reverse: a dataclass takes the fields of its last base first.
@@ -128,13 +127,13 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
                 self._check_names(key.name, key.metadata["names"])
             elif "low" in key.metadata:
                 self._check_range(key.name, **key.metadata)
-        self._check_forms()
-        self._check_together()
-        for key in ("data_dir", "init", "checkpoint", "predict"):
+        for key in ("data_dir", "init", "checkpoint"):
             if (path := getattr(self, key)) is not None:
                 named = isinstance(path, str) and path.strip() != ""  # an unset variable of a shell
                 self.require(key, named, "a path")
                 setattr(self, key, os.path.expanduser(path))
+        self._check_forms()
+        self._check_together()
 
     def require(self, key: str, condition: bool, allowed: str) -> None:
         """Raise ConfigError with the key and its value, which must be `allowed`, or condition."""
@@ -150,21 +149,18 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
         allowed = f"a number {'above' if above else 'from'} {low:g}"
         if high < math.inf:
             allowed += f" to {high:,}"
-        values = as_list(getattr(self, key))
-        for value in values:
+        for value in as_list(getattr(self, key)) or [None]:  # an empty list is none
             number = type(value) in (int, float) and math.isfinite(value)
             self.require(key, number and low <= value <= high, allowed)
             self.require(key, not (above and value == low), allowed)
-        self.require(key, len(values) > 0, f"{allowed}, or a list of such")
 
     def _check_forms(self) -> None:
-        scale, labels = self.crop_scale, self.labels
-        area = "two fractions of the image's area, [smallest,largest]"
-        self.require("crop_scale", len(scale) == 2 and scale[0] <= scale[1], area)
-        pairs = "1 to 8 pairs, pixels from 8 to 1024, fractions above 0 that sum to 1"
-        sizes = self.view_sizes is None or are_view_sizes(self.view_sizes)
-        self.require("view_sizes", sizes, f"null or [[pixels,fraction],...]: {pairs}")
-        fraction = isinstance(labels, float) and 0 < labels < 1
+        scale, labels, sizes = self.crop_scale, self.labels, self.view_sizes
+        allowed = "two fractions of the image's area, [smallest,largest]"
+        self.require("crop_scale", len(scale) == 2 and scale[0] <= scale[1], allowed)
+        allowed = "null or [[pixels,fraction],...], 8 to 1024 pixels, fractions that sum to 1"
+        self.require("view_sizes", sizes is None or are_view_sizes(sizes), allowed)
+        fraction = type(labels) is float and 0 < labels < 1
         number = type(labels) is int and labels >= 1
         allowed = "null, a fraction above 0 and below 1, or a number of images of each class"
         self.require("labels", labels is None or fraction or number, allowed)
@@ -176,7 +172,6 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
     def _check_together(self) -> None:
         allowed = f"less than epochs, which is {self.epochs}"
         self.require("warmup_epochs", self.warmup_epochs < self.epochs, allowed)
-        self.require("seed", self.seed + self.runs <= 2**32, "at most 4294967296 - runs")
         rate = self.learning_rate
         allowed = f"at most learning_rate, {rate:g}, which follows batch_size unless set"
         self.require("min_learning_rate", self.min_learning_rate <= rate, allowed)
@@ -196,15 +191,14 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
 
 
 def are_view_sizes(value: Any) -> bool:
-    """Whether a value is [[pixels, fraction], …], 1 to 8 pairs: torch.compile makes no more forms
-    of a function."""
-    if not isinstance(value, list) or not 1 <= len(value) <= 8:
+    """Whether it is [[pixels, fraction], …], 1 to 8: torch.compile makes no more forms."""
+    try:
+        pixels, fractions = zip(*value, strict=True)
+    except (TypeError, ValueError):  # no list of pairs
         return False
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        return False
-    pixels = all(type(size) is int and 8 <= size <= 1024 for size, _ in value)
-    fractions = all(type(part) in (int, float) and 0 < part <= 1 for _, part in value)
-    return pixels and fractions and math.isclose(sum(part for _, part in value), 1, abs_tol=0.01)
+    whole = all(type(size) is int and 8 <= size <= 1024 for size in pixels)
+    positive = all(type(part) in (int, float) and part > 0 for part in fractions)
+    return len(value) <= 8 and whole and positive and math.isclose(sum(fractions), 1, abs_tol=0.01)
 
 
 def keys(group: type) -> list[str]:

@@ -21,16 +21,15 @@ BACKBONES = {name: getattr(resnet, name) for name in resnet.__all__ if name.islo
 
 
 class SimCLR(nn.Module):
-    """ResNet encoder and two-layer projection head (Sec. 2.1, Fig. 2).
+    """ResNet encoder and two-layer projection head without batch norm (Sec. 2.1, Fig. 2).
 
     The encoder is torchvision's, without pretrained weights and without `fc`. `cifar_stem`
     replaces its first convolution (7×7, stride 2) by one of 3×3, stride 1, padding 1 and drops
     the max-pool, which would reduce a 32×32 image to 8×8 before the first residual block
-    (App. B.9). The head has no batch norm. With the defaults the keys of the state dict are those
-    of the published repository (p3i0t/SimCLR-CIFAR10), and the `enc.` part loads strictly into a
-    torchvision ResNet with the same stem and `fc = nn.Identity()`. `activation_checkpointing`
-    recomputes each residual block in the backward pass: the same gradients, with half (resnet18)
-    to a third (resnet50) of the memory. `micro_batch_size`: see `embed_in_micro_batches`.
+    (App. B.9). By default the state dict has the keys of the published one (p3i0t/SimCLR-CIFAR10).
+    `activation_checkpointing` recomputes each residual block in the backward pass: the same
+    gradients, with half (resnet18) to a third (resnet50) of the memory. `micro_batch_size`: see
+    `embed_in_micro_batches`.
 
     Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
     for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
@@ -109,9 +108,8 @@ def embed_in_micro_batches(
     """Gradient caching: embed(views) in micro-batches; views: (2N, 3, S, S), rows i, N+i: image i.
 
     Both views of `micro_batch_size` images go through the model without keeping activations, and
-    again in the backward pass, when the gradient of the loss of all 2N views is known: the memory
-    of one micro-batch, the time of a second forward pass. Batch norm takes the statistics of each
-    micro-batch, as several GPUs without synchronised batch norm do, and counts each once.
+    again in the backward pass, when the gradient of the loss of all views is known: the memory of
+    one micro-batch, the time of a second forward pass. Batch norm takes each one's statistics once.
     """
     repeated = recomputed(embed, model)
     firsts, seconds = views.chunk(2)
@@ -140,9 +138,8 @@ def nt_xent(
     With several ranks z1 and z2 are the N images of this rank, `gather` concatenates the rows of
     all ranks in order of rank, and the loss is the mean over this rank's 2N views.
 
-    Returns two float32 scalars: the loss, which is log(2N-1) if all embeddings are the same; and,
-    detached, the contrastive accuracy: the fraction of views, in [0, 1], whose partner is the most
-    similar of the other 2N-1.
+    Returns two float32 scalars: the loss, log(2N-1) if all embeddings are the same; and, detached,
+    the contrastive accuracy, the fraction of views whose partner is the most similar of the others.
     Raises ValueError if the shapes differ, are not (N, d), or the temperature is not positive.
     """
     if z1.shape != z2.shape or z1.dim() != 2 or len(z1) == 0:

@@ -1,17 +1,14 @@
-"""Pictures of a run: augmented views, training curves, embedding, neighbours, confusion matrix.
+"""Pictures of a run: augmented views, training curves, embedding, neighbours.
 
     python plot.py RUN                 # all of them, as PNG and SVG, into the run directory
-    python plot.py RUN RUN … --out D   # the curves of several runs in one picture, in directory D
     python plot.py dataset=digits      # views.png alone, from the config, before any training
 
 curves       loss, contrastive accuracy, learning rate and kNN over the epochs
 views        images, each with eight of its random views
 embedding    t-SNE of the representations of test images, before and after (newest checkpoint)
 neighbours   the first test image of each class, and its nearest training images
-confusion    confusion matrix of the linear evaluation, from results.json
 
-Keys of simclr_config.yml may follow (data_dir=…), as for the two scripts. What cannot be drawn is
-named with the reason; the exit code is 0 if a picture was drawn.
+Keys of simclr_config.yml may follow. The exit code is 0 if a picture was drawn.
 """
 
 import argparse
@@ -27,27 +24,14 @@ from matplotlib.figure import Figure
 from config import Config, ConfigError, keys
 from evaluation import figures
 from evaluation.features import build_encoder, clean_features, open_checkpoint
-from evaluation.results import differing_keys, read_results, read_runs
 from images.datasets import Split, draw_stratified, load_split, select_images
 from system.checkpoint import find_checkpoint
 from system.commandline import register_config, to_config
 from system.device import select_device
 from system.errors import UserError, describe, error_boundary
-from system.files import read_config
+from system.files import read_config, read_metrics
 
 EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no different
-
-
-def curves(runs: list[Path]) -> Figure:
-    """The curves of runs, each named by the settings that differ, or by its path."""
-    found, named = read_runs(runs), []
-    keys = differing_keys(found)
-    for run, (config, metrics) in found.items():
-        settings = ", ".join(f"{key} {config.get(key)}" for key in keys)
-        named.append((settings or str(run), metrics))
-    if not any(metrics for _, metrics in named):
-        raise UserError("there is no epoch to show yet")
-    return figures.plot_curves(named)
 
 
 def embedding(path: Path, cfg: Config) -> Figure:
@@ -89,21 +73,18 @@ def compose_config(run: Path | None, overrides: list[str]) -> Config:
     return replace(cfg, **{key: saved[key] for key in keys(Config) if key in saved.keys() - given})
 
 
-def pictures(runs: list[Path], overrides: list[str]) -> dict[str, Callable[[], Figure]]:
+def pictures(run: Path | None, overrides: list[str]) -> dict[str, Callable[[], Figure]]:
     """Name and function of each picture, the quick ones first: none needs another."""
-    if len(runs) > 1:
-        return {"curves": lambda: curves(runs)}
-    cfg = compose_config(runs[0] if runs else None, overrides)
+    cfg = compose_config(run, overrides)
     views = {"views": lambda: figures.plot_views(load_split(cfg, "pretrain").images, cfg)}
-    if not runs:
+    if run is None:
         return views
 
     def checkpoint() -> Path:
-        return find_checkpoint(Path(cfg.checkpoint or runs[0]), None, cfg.load_epoch)
+        return find_checkpoint(Path(cfg.checkpoint or run), None, cfg.load_epoch)
 
     return views | {
-        "curves": lambda: curves(runs),
-        "confusion": lambda: figures.plot_confusion(read_results(runs[0] / "results.json")),
+        "curves": lambda: figures.plot_curves(read_metrics(run)),
         "embedding": lambda: embedding(checkpoint(), cfg),
         "neighbours": lambda: neighbours(checkpoint(), cfg),
     }
@@ -116,16 +97,15 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="RUN or key=value")
     parser.add_argument("--out", help="directory for the pictures; default: the run's")
     args = parser.parse_args()
-    given = [text.replace("=~/", f"={Path.home()}/") for text in args.arguments]  # as a shell
-    overrides = [text for text in given if "=" in text and not Path(text).is_dir()]
-    paths = [Path(text).expanduser() for text in given if text not in overrides]
-    runs = [path for path in paths if not path.is_file()]  # a sweep has multirun.yaml beside them
-    if not runs and not overrides:
-        parser.error("there is no run directory among the arguments")
-    out = Path(args.out or (runs[0] if runs else "")).expanduser()
+    overrides = [text for text in args.arguments if "=" in text and not Path(text).is_dir()]
+    runs = [Path(text).expanduser() for text in args.arguments if text not in overrides]
+    if len(runs) > 1:
+        parser.error("more than one run directory: TensorBoard shows several")
+    run = runs[0] if runs else None
+    out = Path(args.out or run or "").expanduser()
     drawn = []
     with error_boundary():
-        for name, picture in pictures(runs, overrides).items():
+        for name, picture in pictures(run, overrides).items():
             try:
                 figures.save(picture(), out / name)
                 drawn.append(name)

@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 from config import Config
 from evaluation.features import held_out_knn
 from images.augment import draw, random_views, shuffle
-from images.datasets import HostImages, Images, Probe, describe_images, load_pretraining
+from images.datasets import HostImages, Images, Probe, load_pretraining
 from models import SimCLR, nt_xent
 from system.commandline import run_command, run_directory, to_config
 from system.device import autocast, compile_static, select_device, select_precision, to_device
@@ -45,8 +45,7 @@ def train_step(
 
     batch: (N, 3, H, W), uint8, N = cfg.batch_size / ranks; noise: (38, 2N), random numbers of the
     views (`draw`); size: of a view, in pixels. The model computes in cfg.precision (mixed),
-    `nt_xent` in float32; the scaler is enabled only for fp16. Returns the step metrics, detached
-    scalars on the device.
+    `nt_xent` in float32. Returns the step metrics, detached scalars on the device.
     """
     views = learner.make_views(batch.repeat(2, 1, 1, 1), noise, size, cfg)  # rows i, N+i: image i
     with autocast(views.device, cfg.precision):
@@ -117,14 +116,9 @@ def make_learner(cfg: Config, device: torch.device) -> Learner:
     recomputes = cfg.activation_checkpointing or cfg.micro_batch_size is not None
     static = not recomputes and distributed.world_size() == 1  # may become compiled, a CUDA graph
     graphed = static and device.type == "cuda" and not scaler.is_enabled()
-    optimizer = make_optimizer(
-        cfg.optimizer,
-        model.parameters(),
-        momentum=cfg.momentum,
-        weight_decay=cfg.weight_decay,
-        fused=not scaler.is_enabled(),
-        learning_rate=torch.zeros((), device=device) if graphed else 0.0,
-    )
+    learning_rate = torch.zeros((), device=device) if graphed else 0.0
+    fused = not scaler.is_enabled()
+    optimizer = make_optimizer(cfg, model.parameters(), fused=fused, learning_rate=learning_rate)
     make_views = random_views
     compiled = cfg.compile is True or (cfg.compile == "auto" and static and cfg.epochs >= 100)
     if compiled:  # takes about a minute
@@ -135,13 +129,12 @@ def make_learner(cfg: Config, device: torch.device) -> Learner:
 
 
 def pretrain(cfg: Config, run_dir: Path) -> dict[str, float | None]:
-    """Pretrain an encoder with the config `cfg`, or resume the run in `run_dir`.
+    """Pretrain with the config `cfg`, or resume the run in `run_dir`; the last epoch's metrics.
 
-    Returns the metrics of the last epoch. Raises ConfigError if a value does not fit data, machine
-    or saved state; UserError if data, init or state cannot be used, another process trains in
-    `run_dir`, a step is not finite, or a file is not on disk in the end; Stopped after a signal.
+    Raises ConfigError if a value does not fit data, machine or saved state; UserError if something
+    cannot be read or written, or a step is not finite; Stopped after a signal.
     """
-    for key in ("checkpoint", "load_epoch", "labels", "predict"):
+    for key in ("checkpoint", "load_epoch", "labels"):
         cfg.require(key, getattr(cfg, key) is None, "null for simclr.py, which does not use it")
     device = select_device(cfg.device)
     with distributed.process_group(device), open_run(run_dir, cfg) as saved:  # or None
@@ -150,18 +143,16 @@ def pretrain(cfg: Config, run_dir: Path) -> dict[str, float | None]:
         if saved is not None and precision == "auto":
             precision = saved["config"]["precision"]
         cfg = replace(cfg, precision=select_precision(precision, device))
-        images, fingerprint, probe, remarks = load_pretraining(cfg, device)
+        images, fingerprint, probe = load_pretraining(cfg, device)
         learner = make_learner(cfg, device)
         run = Run(run_dir, cfg, learner, images=fingerprint, steps=len(images) // cfg.batch_size)
         run.start(saved)
         compiled = "not compiled" if learner.make_views is random_views else "compiled"
         used = f"{cfg.backbone}, recipe {cfg.recipe}, on {device} in {cfg.precision}, {compiled}"
-        log.info(f"{describe_images(images, cfg.dataset)}, {used}, in {run_dir}")
-        for remark in remarks:
-            log.info(remark)
+        log.info(f"{len(images):,} images of {cfg.dataset}, {used}, in {run_dir}")
         with run.recording():
             train(cfg, learner, images, probe, run)
-        return run.log_summary()
+        return run.history[-1]
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="simclr_config")  # registered

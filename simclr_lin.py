@@ -4,16 +4,14 @@
     python simclr_lin.py checkpoint=path/to/file.pt           # any checkpoint
     python simclr_lin.py "protocols=[knn,linear,logistic]" "baselines=[random,pixels]"
     python simclr_lin.py labels=0.01 runs=5                   # few labels, five draws of them
-    python simclr_lin.py predict=path/to/images               # predictions.csv instead
 
-The encoder runs in eval mode without gradients, and is checked to be unchanged; finetune trains a
-copy. Hyperparameters are chosen on training images; the test set is scored once. The table goes to
-the terminal, to simclr_lin.log, results.json and results.md.
+The encoder is frozen, and checked to be unchanged; finetune trains a copy. Hyperparameters are
+chosen on training images; the test set is scored once, into results.json and a table.
 """
 
 import hashlib
+import json
 import logging
-import time
 from collections import defaultdict
 from dataclasses import asdict, replace
 from itertools import product
@@ -32,11 +30,10 @@ from evaluation.features import accuracy, build_encoder, open_checkpoint
 from evaluation.protocols import Result, make_task, protocols_for, run_protocol
 from images import datasets
 from images.datasets import Split, load_split
-from images.folder import load_images
 from system.checkpoint import find_checkpoint
 from system.commandline import run_command, run_directory, to_config
 from system.device import select_device
-from system.files import locked
+from system.files import locked, write_file
 
 log = logging.getLogger("simclr_lin")
 
@@ -46,9 +43,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, and cfg.baselines, with every protocol in the config.
 
-    Returns what it writes to `out_dir`/results.json after each protocol. given: the keys on the
-    command line. Raises ConfigError or UserError for what contradicts the checkpoint, cannot be
-    evaluated or replaced; RuntimeError if a frozen encoder has changed.
+    Returns what it writes to `out_dir`/results.json; given: the keys on the command line. Raises
+    ConfigError, UserError, and RuntimeError if a frozen encoder has changed.
     """
     device = select_device(cfg.device)
     saved, cfg = open_checkpoint(cfg, checkpoint, given)
@@ -57,7 +53,8 @@ def evaluate(
     for values in (train.images, train.labels, test.images, test.labels):
         images.update(values.contiguous().numpy())
     train, test = train.to(device), test.to(device)
-    results = report.open_results(out_dir, {
+    path = report.results_path(out_dir, cfg.labels)
+    results = report.open_results(path, {
         "checkpoint": str(checkpoint),
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "epoch": saved["epoch"],
@@ -70,9 +67,7 @@ def evaluate(
         "evaluation_config": asdict(cfg),
     })  # fmt: skip
     what = f"{checkpoint}, epoch {saved['epoch']}, {cfg.backbone} at {cfg.image_size} px"
-    log.info(f"{what}, on {datasets.describe_images(train.images, cfg.dataset)}, {device}")
-    for remark in (*train.remarks, *test.remarks):
-        log.info(remark)
+    log.info(f"{what}, on {len(train.labels):,} images of {cfg.dataset}, on {device}")
 
     scored = defaultdict(list)
     for encoder, run in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
@@ -82,52 +77,19 @@ def evaluate(
             continue
         labelled = draw_labelled(train, run_cfg)
         enc = build_encoder(saved, checkpoint, encoder, run_cfg.seed).to(device)
-        start = time.perf_counter()
         task = make_task(run_cfg, encoder, enc, labelled, test.images)
-        extraction = time.perf_counter() - start  # which every protocol would take alone
         for protocol in names:
-            start = time.perf_counter()
             outcome = score(run_protocol(protocol, task), test.labels.cpu())
-            outcome["seconds"] = extraction + time.perf_counter() - start
             log.info(f"{task.name}, {protocol}: {outcome['accuracy']:.2%}")
             scored[encoder, protocol].append(outcome)
             report.add_row(results, encoder, protocol, scored[encoder, protocol])
-            report.write_results(out_dir, results)
+            write_file(path, (json.dumps(results, indent=2) + "\n").encode())
     log.info(f"{len(test.labels):,} test images, accuracy in %\n{report.table(results)}")
     return results
 
 
-def predict(
-    cfg: Config, checkpoint: Path, out_dir: Path, given: frozenset[str] = frozenset()
-) -> Path:
-    """Classify the images below cfg.predict; returns the path of predictions.csv in `out_dir`.
-
-    The layer is trained as in `evaluate`; the test set is not read. Raises as `evaluate`.
-    """
-    device = select_device(cfg.device)
-    saved, cfg = open_checkpoint(cfg, checkpoint, given)
-    path = report.open_predictions(out_dir)
-    files, images, remarks = load_images(Path(cfg.predict), cfg.image_size, cfg.workers)
-    train = load_split(cfg, "train").to(device)
-    labelled = draw_labelled(train, cfg)
-    enc = build_encoder(saved, checkpoint, "checkpoint", cfg.seed).to(device)
-    images = datasets.move_images(images, device)
-    task = make_task(cfg, "checkpoint", enc, labelled, images)
-    probability, label = run_protocol("linear", task).scores.softmax(dim=1).max(dim=1)
-    names = [train.classes[best] for best in label.tolist()]
-    shares = [f"{share:.4f}" for share in probability.tolist()]
-    report.write_predictions(path, zip(files, names, shares, strict=True))
-    for remark in (*remarks, *train.remarks):
-        log.info(remark)
-    log.info(f"{len(files):,} images of {cfg.predict}: their classes are in {path}")
-    return path
-
-
 def draw_labelled(train: Split, cfg: Config) -> Split:
-    """The labelled training images: all, or those that cfg.seed draws for cfg.labels.
-
-    Raises UserError if a class has fewer images, ConfigError for a single class.
-    """
+    """The labelled training images: all, or those that cfg.seed draws for cfg.labels."""
     allowed = f"of labelled images in two classes or more: there is {train.classes[0]} alone"
     cfg.require("dataset", len(train.classes) > 1, allowed)
     if cfg.labels is None:
@@ -138,17 +100,11 @@ def draw_labelled(train: Split, cfg: Config) -> Split:
 
 
 def score(result: Result, labels: Tensor) -> dict[str, Any]:
-    """Score a protocol by the labels (N,) of the test images, on the CPU.
-
-    Confusion: (C, C), a row of counts for each true class. Top-5 accuracy only from ten classes
-    up, and not for kNN, whose votes rank few of them.
-    """
+    """Score by the labels (N,) of the test images; confusion: (C, C), a row for each true class."""
     classes = result.scores.shape[1]
     confusion = torch.bincount(labels * classes + result.scores.argmax(dim=1), minlength=classes**2)
-    ranked = classes >= 10 and "k" not in result.settings
     return {
         "accuracy": accuracy(result.scores, labels),
-        "top5": accuracy(result.scores, labels, k=5) if ranked else None,
         "confusion": confusion.view(classes, classes),
         "settings": result.settings,
         "selection": result.selection,
@@ -166,9 +122,8 @@ def main(cfg: DictConfig) -> None:
     checked.require("load_epoch", alone, "null beside a checkpoint that is a file")
     backbone = cfg.backbone if checked.checkpoint is None or "backbone" in given else None
     checkpoint = find_checkpoint(checkpoint, backbone, cfg.load_epoch)
-    command = evaluate if cfg.predict is None else predict
     with locked(out_dir, "simclr_lin"):
-        command(checked, checkpoint, out_dir, given)
+        evaluate(checked, checkpoint, out_dir, given)
 
 
 if __name__ == "__main__":

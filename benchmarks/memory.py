@@ -39,7 +39,7 @@ def step_memory(backbone: str, batch: int, *overrides: str, size: int = 32) -> f
         for weight in model.parameters():  # what model.to() does, but can't with fake tensors
             if weight.dim() == 4:
                 weight.data = weight.data.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer("sgd", model.parameters(), momentum=0.9, weight_decay=1e-6)
+        optimizer = make_optimizer(cfg, model.parameters())
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         embed = model.embed

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,18 +80,15 @@ def train_classifier(
     *,
     precision: str,
 ) -> None:
-    """Train `model` by SGD with a cosine schedule on the images of the index and their labels.
+    """SGD with a cosine schedule on the images of the index, by make_input(batch, epoch, step).
 
-    make_input(indices of a batch, epoch, step) is the input of a step. The batches of an epoch are
-    equal to within one image: a small last one would get the step size of a full one, and batch
-    norm needs two images.
+    The batches of an epoch are equal to within one image: a small last one would get the step of
+    a full one, and batch norm needs two images.
     """
     cfg, labels, device = task.cfg, task.train.labels, task.h.device
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    fused, decay = not scaler.is_enabled(), settings["weight_decay"]
-    optimizer = make_optimizer(
-        "sgd", model.parameters(), momentum=cfg.momentum, weight_decay=decay, fused=fused
-    )
+    sgd = replace(cfg, optimizer="sgd", weight_decay=settings["weight_decay"])
+    optimizer = make_optimizer(sgd, model.parameters(), fused=not scaler.is_enabled())
     steps = max(1, min(math.ceil(len(index) / settings["batch_size"]), len(index) // 2))
     total, peak = settings["epochs"] * steps, settings["learning_rate"]
     with progress_bar(total=total, desc="classifier", leave=False) as bar:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from matplotlib import cycler
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
-from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
 from config import Config
@@ -35,28 +34,26 @@ matplotlib.rc("axes", prop_cycle=cycler(color=COLORS))
 matplotlib.rc("text", parse_math=False)
 
 
-def plot_curves(runs: list[tuple[str, list[dict[str, Any]]]]) -> Figure:
-    """Training curves of runs, each with its name and the lines of its metrics.jsonl."""
+def plot_curves(metrics: list[dict[str, Any]]) -> Figure:
+    """Training curves, from the lines of metrics.jsonl. Raises UserError if there is none."""
+    if not metrics:
+        raise UserError("there is no epoch to show yet")
     panels = {
         "loss": ("NT-Xent loss", "nats", 1),
         "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
         "learning_rate": ("Learning rate", "at the epoch's last step", 1),
         "knn_acc": ("kNN among training images", "accuracy in %", 100),
     }
-    figure = Figure(figsize=(8, 5 + 0.2 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for axis, (key, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
-        for _, metrics in runs:
-            shown = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
-            epochs, values = np.array(shown).reshape(-1, 2).T
-            axis.plot(epochs, factor * values, ".-")
+        shown = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
+        epochs, values = np.array(shown).reshape(-1, 2).T
+        axis.plot(epochs, factor * values, ".-")
         axis.set(title=title, ylabel=unit)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("epoch", fontsize="medium")
-    if len(runs) > 1:
-        names = [shorten(name, 64) for name, _ in runs]
-        figure.legend(axes[0, 0].lines, names, loc="outside upper center")
     return figure
 
 
@@ -111,29 +108,8 @@ def plot_neighbours(
     return figure
 
 
-def plot_confusion(results: dict[str, Any]) -> Figure:
-    """Confusion matrix in % of each true class. Raises UserError if results.json has none."""
-    if "confusion" not in results:
-        raise UserError("results.json has no linear evaluation: simclr_lin.py makes it")
-    counts, names = np.array(results["confusion"]), [shorten(c) for c in results["classes"]]
-    matrix = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)  # 0: no image of the class
-    figure = Figure(figsize=(8, 6.8), layout="constrained")
-    axis = figure.subplots()
-    few = len(matrix) <= 20  # more numbers and names than that can't be read
-    shown = ConfusionMatrixDisplay(matrix, display_labels=names if few else None)
-    shown.plot(ax=axis, cmap="Blues", include_values=few, values_format=".0f", xticks_rotation=90)
-    axis.images[0].colorbar.set_label("% of the true class")
-    images, accuracy = results["training_images"], results["linear_acc"]
-    title = f"Linear layer, {images:,} labelled training images: {accuracy:.1%} right"
-    axis.set(title=title, xlabel="predicted class", ylabel="true class")
-    return figure
-
-
 def directions(h: Tensor) -> Tensor:
-    """Unit vectors (N, D), float32, of representations h (N, D): their products are cosines.
-
-    Raises UserError where all are the same: t-SNE would end in a segmentation fault.
-    """
+    """Unit vectors of h (N, D). Raises UserError where all are the same: t-SNE would crash."""
     unit = F.normalize(h.float(), dim=1)
     if ((unit - unit[0]).abs() < 1e-6).all():
         raise UserError("representations are all the same: a collapsed or damaged checkpoint")

@@ -86,10 +86,7 @@ def make_task(cfg: Config, encoder: str, enc: nn.Module, train: Split, test_imag
 
 
 def run_protocol(protocol: str, task: Task) -> Result:
-    """Run a protocol of `RUN`; its scores are on the CPU.
-
-    Raises UserError if one is not finite, RuntimeError if the frozen encoder has changed.
-    """
+    """Run a protocol of `RUN`; its scores are on the CPU. Raises UserError if one is not finite."""
     with features.frozen(task.enc):
         result = RUN[protocol](task)
     check_finite(result.scores, f"scores of {protocol}, {task.name}")
@@ -104,24 +101,20 @@ def check_finite(values: Tensor, what: str) -> None:
 
 
 def protocols_for(cfg: Config, encoder: str, first_run: bool) -> list[str]:
-    """The names in `RUN` of cfg.protocols for an encoder; "knn" stands for both kNNs.
-
-    kNN is left out after the first run, unless the seed draws the labelled images or the encoder.
-    """
-    names, drawn = [], cfg.labels is not None or encoder == "random"
+    """The names in `RUN` of cfg.protocols for an encoder. "knn" stands for both kNNs, which are
+    left out of later runs unless the seed draws the labelled images or the encoder."""
+    left_out = {"finetune"} if encoder == "pixels" else set()  # no network
+    if not first_run and cfg.labels is None and encoder != "random":
+        left_out.add("knn")
+    names = []
     for protocol in cfg.protocols:
-        if protocol != "knn" and (protocol, encoder) != ("finetune", "pixels"):  # no network
-            names.append(protocol)
-        elif protocol == "knn" and (first_run or drawn):
-            names += ["knn", "weighted_knn"]
+        if protocol not in left_out:
+            names += ["knn", "weighted_knn"] if protocol == "knn" else [protocol]
     return names
 
 
 def sgd_settings(cfg: Config, **fixed: int) -> list[dict[str, Any]]:
-    """Candidates for SGD: each learning rate of the config with each weight decay, and `fixed`.
-
-    Raises ConfigError for a learning rate below the end of the schedule.
-    """
+    """Candidates for SGD: each learning rate of the config with each weight decay, and `fixed`."""
     rates, decays = as_list(cfg.finetune_learning_rate), as_list(cfg.finetune_weight_decay)
     allowed = f"at most finetune_learning_rate, {min(rates):g}, which follows batch_size unless set"
     cfg.require("min_learning_rate", cfg.min_learning_rate <= min(rates), allowed)
@@ -139,15 +132,12 @@ def fit_best(
 ) -> Result:
     """The test scores of the classifier with the best of the candidate settings.
 
-    fit(index, settings) trains on the training images of the index; inputs: images or features,
-    as the classifier takes. Several candidates are each fitted on nine tenths of them and scored
-    on the held-out tenth; the first of the best is fitted again on everything. One that diverges
-    has no accuracy, and loses. Raises UserError if no class has two images.
+    fit(index, settings) trains on these training images. Several candidates are fitted on nine
+    tenths and scored on the rest; the first of the best is fitted again on all. Divergence loses.
     """
     labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
-        remedy = "give more labels, or one finetune_learning_rate and weight decay and no logistic"
-        rest, held_out = hold_out(labels, VALIDATION_FRACTION, task.cfg.seed, remedy)
+        rest, held_out = hold_out(labels, VALIDATION_FRACTION, task.cfg.seed)
         tried, best = [], -1.0
         for settings in candidates:
             scores, reached = fit(rest, settings)(select_images(inputs, held_out)), None

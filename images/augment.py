@@ -30,8 +30,7 @@ VIEWS, CROPS, ORDER = range(3)
 def draw(n: int, seed: int, step: int, stream: int = VIEWS) -> Tensor:
     """Random numbers for n views: (38, n), float32, uniform in [0, 1), on the CPU.
 
-    A pure function of its arguments. Different (stream, seed, step) share no random number, since
-    numpy's SeedSequence mixes them.
+    A pure function: numpy's SeedSequence mixes (stream, seed, step), so none shares a number.
     """
     rng = np.random.default_rng((stream, seed, step))
     return torch.from_numpy(rng.random((ROWS, n), dtype=np.float32))
@@ -46,11 +45,10 @@ def random_views(images: Tensor, u: Tensor, size: int, cfg: Views) -> Tensor:
     """One random view of every image: crop, resize, flip, colour jitter, grayscale, blur (App. A).
 
     images: (N, 3, H, W), uint8 or float in [0, 1]; u: from `draw`, N columns, on the same device.
-    Returns (N, 3, size, size), float32 in [0, 1]. Each image has its own parameters.
-
-    The order of the colour operations is random too. The hue shift, the costly one, has four
-    possible places among the others. Every four neighbours in the (shuffled) batch take the four
-    places in a random order: four groups of a fixed size, each shifted once.
+    Returns (N, 3, size, size), float32 in [0, 1]. Each image has its own parameters, and its own
+    order of the colour operations. The hue shift, the costly one, has four possible places among
+    them: every four neighbours in the (shuffled) batch take these in a random order, so that four
+    groups of a fixed size are each shifted once.
     """
     n = len(images)
     rows = u[HUE_PLACE, ::4].argsort(dim=0) + torch.arange(0, n, 4, device=images.device)  # 4×⌈N/4⌉
@@ -79,10 +77,9 @@ def sample_boxes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample crop boxes (top, left, height, width), each (N,) int64, as RandomResizedCrop does.
 
-    shape: of the images, (N, 3, H, W); u: (22, N). The area is uniform in `crop_scale` as a
-    fraction of the image, the log of the aspect ratio uniform between those of 3/4 and 4/3. A box
-    that does not fit is drawn again up to ten times (all at once here, for static shapes); then
-    the largest centre box with an allowed ratio is taken.
+    shape: of the images, (N, 3, H, W); u: (22, N). The area is uniform in `crop_scale`, the log of
+    the aspect ratio between those of 3/4 and 4/3. A box that does not fit is drawn again up to ten
+    times (all at once, for static shapes); then the largest centre box is taken.
     """
     height, width = shape[-2:]
     area, ratio = u[:CROP_TRIES], u[CROP_TRIES : 2 * CROP_TRIES]
@@ -128,8 +125,7 @@ def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
     """Weights of the antialiased bilinear resize, (N, size, full): row i makes output pixel i.
 
     A triangle around the pixel's centre, one input pixel wide, or, where the interval
-    [start, start + length) shrinks, one output pixel wide: that is the antialiasing. Pixels
-    outside the interval have no weight.
+    [start, start + length) shrinks, one output pixel wide. Pixels outside have no weight.
     """
     start, length = start[:, None, None], length[:, None, None]  # N×1×1
     scale = length / size
@@ -159,10 +155,9 @@ def color_jitter(
 ) -> Tensor:
     """Brightness, contrast and saturation in each image's own order, the hue at `hue_place`.
 
-    x: (N, 3, H, W) in [0, 1], modified in place. factors: (3, N) of brightness, contrast and
-    saturation; 1 changes nothing. shift: (N,), of the hue, in turns, in [-0.5, 0.5]. order: (3, N),
-    column n a permutation of BRIGHTNESS, CONTRAST, SATURATION. hue_place: from 0, before these
-    three, to 3, after them.
+    x: (N, 3, H, W) in [0, 1], modified in place. factors: (3, N) of the three; 1 changes nothing.
+    shift: (N,), of the hue, in turns, in [-0.5, 0.5]. order: (3, N), column n a permutation of
+    BRIGHTNESS, CONTRAST, SATURATION. hue_place: from 0, before these, to 3, after them.
     """
     factors = factors.gather(0, order)[..., None, None, None]  # 3×N×1×1×1, as they are applied
     order, shift = order[..., None, None, None], shift[:, None, None, None]
@@ -175,10 +170,9 @@ def color_jitter(
 
 
 def blend(x: Tensor, factor: Tensor, operation: Tensor) -> Tensor:
-    """Blend x with another image: factor · x + (1 - factor) · other.
+    """Blend x with another image: factor · x + (1 - factor) · other, in place: memory costs more.
 
-    operation (N, 1, 1, 1): per image BRIGHTNESS (other: black), CONTRAST (the mean gray) or
-    SATURATION (the gray image). In place, since on a CPU new memory costs more than arithmetic.
+    operation (N, 1, 1, 1): BRIGHTNESS (other: black), CONTRAST (the mean gray), SATURATION (gray).
     """
     gray = grayscale(x)
     mean = gray.mean(dim=(2, 3), keepdim=True)
@@ -223,9 +217,9 @@ def random_blur(x: Tensor, u: Tensor, probability: float) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Blur every image with its own σ (N,), in pixels, as torchvision's; x: (N, 3, S, S) in [0, 1].
 
-    The kernel is a tenth of the side (App. A), rounded down, and then up to an odd number as in the
-    paper's code: 23 pixels at 224, 3 at 32, and 1, which changes nothing, below 20. Each channel of
-    each image is a group of two convolutions, one along the rows and one along the columns.
+    The kernel is a tenth of the side (App. A), rounded down, then up to an odd number: 23 pixels at
+    224, 3 at 32, and 1, which changes nothing, below 20. Each channel of each image is a group of
+    two convolutions, one along the rows and one along the columns.
     """
     n, channels, size, _ = x.shape
     radius = size // 10 // 2

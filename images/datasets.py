@@ -5,6 +5,7 @@ that training needs neither PIL nor loader processes.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -20,11 +21,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from config import Config, ConfigError
-from images.folder import LEFT_OUT, decode_files, list_images, remark_left_out
+from config import Config
+from images.folder import decode_files, find_images, list_images
 from system.device import to_device
 from system.errors import UserError
 from system.files import locked
+
+log = logging.getLogger("simclr")
 
 DOWNLOADS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 
@@ -34,7 +37,7 @@ class HostImages:
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         self.images, self.device = images, device
-        self.shape, self.nbytes = images.shape, images.nbytes
+        self.shape = images.shape
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,13 +55,11 @@ Images: TypeAlias = Tensor | HostImages
 
 
 def move_images(images: Tensor, device: torch.device) -> Images:
-    """Images (N, 3, H, W), uint8, on the device.
-
-    In host memory if they take over half of a GPU's free memory: weights and activations need some.
-    """
+    """uint8 images on the device; in host memory if they take over half of what a GPU has free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if images.nbytes > (torch.cuda.mem_get_info(device)[0] + unused) / 2:
+            log.info(f"{images.nbytes / 1e6:,.0f} MB of images stay in host memory")
             return HostImages(images, device)
     return images.to(device)
 
@@ -70,24 +71,16 @@ def select_images(images: Images, index: Tensor) -> Images:
     return images[index]
 
 
-def describe_images(images: Images, dataset: str) -> str:
-    """Number, size and where they are: `50,000 images of cifar10 (153.6 MB on cuda)`."""
-    where = "in host memory" if isinstance(images, HostImages) else f"on {images.device}"
-    return f"{len(images):,} images of {dataset} ({images.nbytes / 1e6:,.1f} MB {where})"
-
-
 class Split(NamedTuple):
     """One split of a dataset."""
 
     images: Images  # (N, 3, H, W), uint8
     labels: Tensor  # (N,), int64 in [0, len(classes)); -1 where the split has no labels
     classes: list[str]  # none if the dataset has no labels at all
-    remarks: tuple[str, ...] = ()  # for the log: files left out, no kNN
 
     def to(self, device: torch.device) -> "Split":
         """The same split on the device, but for images that do not fit there."""
-        images, labels = move_images(self.images, device), self.labels.to(device)
-        return self._replace(images=images, labels=labels)
+        return Split(move_images(self.images, device), self.labels.to(device), self.classes)
 
 
 class Probe(NamedTuple):
@@ -98,36 +91,30 @@ class Probe(NamedTuple):
     queries: Tensor  # indices of the images that are classified
 
 
-def load_pretraining(
-    cfg: Config, device: torch.device
-) -> tuple[Images, str, Probe | None, tuple[str, ...]]:
-    """Training images for the device, their fingerprint (shape and SHA-256), a probe, and remarks.
+def load_pretraining(cfg: Config, device: torch.device) -> tuple[Images, str, Probe | None]:
+    """Training images for the device, their fingerprint (shape, SHA-256), a probe if labelled.
 
-    The probe's queries are the same stratified tenth in every run, held out of the bank, not of
-    pretraining; there is none without classes. Raises ConfigError if batch_size is too large.
+    The probe's queries are the same stratified tenth in every run, in pretraining but not the bank.
     """
     split = load_split(cfg, "pretrain")
-    if cfg.batch_size > len(split.images):
-        allowed = f"at most {len(split.images)}, the number of training images"
-        raise ConfigError(f"batch_size={cfg.batch_size}: must be {allowed}")
+    allowed = f"at most {len(split.images)}, the number of training images"
+    cfg.require("batch_size", cfg.batch_size <= len(split.images), allowed)
     digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
     fingerprint = f"{tuple(split.images.shape)} {digest}"
     split, probe = split.to(device), None
-    if cfg.knn_interval > 0 and len(split.classes) > 1:
+    if cfg.knn_interval > 0 and len(split.classes) < 2:
+        log.info("no kNN: there are not two classes of labelled images")
+    elif cfg.knn_interval > 0:
         unlabelled = split.labels.min() < 0  # STL-10
         labelled = load_split(cfg, "train").to(device) if unlabelled else split
-        remedy = "knn_interval=0 leaves kNN out"
-        bank, queries = hold_out(labelled.labels, 0.1, seed=0, remedy=remedy)
-        probe = Probe(labelled, bank, queries)
-    return split.images, fingerprint, probe, split.remarks
+        probe = Probe(labelled, *hold_out(labelled.labels, 0.1, seed=0))
+    return split.images, fingerprint, probe
 
 
 def load_split(cfg: Config, split: str) -> Split:
-    """The `split` of cfg.dataset: "pretrain", "train" or "test".
+    """The split "train", "test" or "pretrain", which is STL-10's unlabelled one, else "train".
 
-    "pretrain" is the unlabelled split of STL-10, and "train" elsewhere. Images keep their size, but
-    those of `folder`, which are resized to cfg.image_size. Nothing is written but the download to
-    data_dir. Raises UserError if data is missing or damaged.
+    Images keep their size, but those of `folder` get cfg.image_size. Raises UserError if damaged.
     """
     if cfg.dataset == "digits":
         return _load_digits(split)
@@ -143,10 +130,9 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
-    """Sorted indices of a random sample of each class.
+    """Sorted indices of a random sample of each class of labels (N,).
 
-    labels: (N,). amount: a fraction of the class if below 1, rounded and at least one image; else
-    the number of images. Raises UserError if a class has fewer.
+    amount: a fraction below 1, or a number; at least one. Raises UserError if it is too large.
     """
     rng = torch.Generator().manual_seed(seed)
     parts = []
@@ -160,16 +146,16 @@ def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
     return torch.cat(parts).sort().values.to(labels.device)
 
 
-def hold_out(labels: Tensor, fraction: float, seed: int, remedy: str) -> tuple[Tensor, Tensor]:
-    """Hold out a random stratified fraction: indices of the other images, and of the held-out.
+def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold out a stratified fraction, but never a class's only image: the other indices, and these.
 
-    The only image of a class is not held out. Raises UserError, which names the remedy, if nothing
-    can be held out.
+    Raises UserError if there is none.
     """
     held_out = draw_stratified(labels, fraction, seed)
     held_out = held_out[labels.bincount()[labels[held_out]] > 1]
     if len(held_out) == 0:
-        raise UserError(f"no class has two images, so that none can be held out: {remedy}")
+        remedy = "knn_interval=0 needs none, nor does one setting of finetune_*, without logistic"
+        raise UserError(f"no class has two labelled images, to hold one out: {remedy}")
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[held_out] = False
     return rest.nonzero()[:, 0], held_out
@@ -187,10 +173,7 @@ def _load_digits(split: str) -> Split:
 
 
 def _load_download(cfg: Config, split: str) -> Split:
-    """CIFAR or STL-10, downloaded, verified by MD5 and unpacked by torchvision.
-
-    One process at a time downloads; the others wait for it, and use what is there then.
-    """
+    """CIFAR or STL-10 by torchvision; one process at a time downloads, the others wait for it."""
     source = DOWNLOADS[cfg.dataset]
     which = {"train": split != "test"}
     if source is STL10:
@@ -212,34 +195,22 @@ def _load_download(cfg: Config, split: str) -> Split:
 
 
 def _load_folder(cfg: Config, split: str) -> Split:
-    """data_dir/train/<class>/* or data_dir/test/<class>/*, one class a folder, sorted by name.
-
-    "pretrain" is all images below data_dir/train, without labels, if one lies directly in it.
-    """
+    """data_dir/train/<class>/* or test/<class>/*, a class a folder. "pretrain" is all images below
+    data_dir/train, without labels, if one lies directly in it."""
     root = Path(cfg.data_dir, "test" if split == "test" else "train")
-    files, left_out = list_images(root)
-    if not files:
-        raise UserError(f"{root} has no image: put each into {root}/<class>/")
+    files = find_images(root)
     names, labels = np.unique(_class_names(root, files), return_inverse=True)
     classes, labels = names.tolist(), torch.from_numpy(labels)
-    if split != "pretrain" and "" in classes:
+    if "" in classes and split != "pretrain":
         raise UserError(f"{root} has images without labels: put each into {root}/<class>/")
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
-    empty = [name for name in folders - set(classes) if not name.startswith(LEFT_OUT)]
-    if empty and "" not in classes:
-        raise UserError(f"{root} has folders without an image, {sorted(empty)}: remove them")
     if split == "test":
         train = root.with_name("train")
         differ = set(classes) ^ set(_class_names(train, list_images(train)[0]))
         if differ:
             raise UserError(f"{root} must have the classes of {train}: one lacks {sorted(differ)}")
-    remarks = remark_left_out(root, left_out)
     if "" in classes:
         classes, labels = [], torch.full_like(labels, -1)
-    if split == "pretrain" and len(classes) < 2:
-        reason = "one class" if classes else "images in no class folder, so no labels"
-        remarks += (f"no kNN, since {root} has {reason}",)
-    return Split(decode_files(files, cfg.image_size, cfg.workers), labels, classes, remarks)
+    return Split(decode_files(files, cfg.image_size, cfg.workers), labels, classes)
 
 
 def _class_names(root: Path, files: list[Path]) -> list[str]:

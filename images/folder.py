@@ -1,5 +1,6 @@
 """Folders of image files, decoded to uint8 RGB pixels of one size. Nothing is written to them."""
 
+import logging
 import os
 import re
 import warnings
@@ -12,6 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from system.errors import UserError
+
+log = logging.getLogger("simclr")
 
 LEFT_OUT = (".", "@", "#", "__")  # how names of hidden files and of other programs' folders begin
 # Formats that Pillow names or writes, but does not decode; for EPS it would run Ghostscript.
@@ -39,30 +42,19 @@ def list_images(folder: Path, follow: bool = True) -> tuple[list[Path], int]:
     return sorted(images), left_out
 
 
-def load_images(
-    folder: Path, image_size: int, workers: int
-) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    """All images in and below a folder: sorted paths, uint8 (N, 3, S, S) of size S, and remarks.
-
-    Raises UserError if there is none, or for all files together that `decode_file` refuses.
-    """
-    files, left_out = list_images(folder)
-    if not files:
+def find_images(folder: Path) -> list[Path]:
+    """`list_images`, with a log of how many are left out. Raises UserError if there is none."""
+    images, left_out = list_images(folder)
+    if left_out > 0:
+        reason = "hidden, @…, #…, __…, no image by the extension, or links to folders"
+        log.info(f"left out of {folder}: {left_out:,} files or folders ({reason})")
+    if not images:
         raise UserError(f"{folder} has no image")
-    return files, decode_files(files, image_size, workers), remark_left_out(folder, left_out)
-
-
-def remark_left_out(folder: Path, number: int) -> tuple[str, ...]:
-    """A remark on the number of files and folders that were left out, if any."""
-    reason = "hidden, @…, #…, __…, no image by the extension, or links to folders"
-    return (f"left out of {folder}: {number:,} files or folders ({reason})",) if number else ()
+    return images
 
 
 def decode_files(files: list[Path], image_size: int, workers: int) -> Tensor:
-    """The images, uint8 (N, 3, image_size, image_size), decoded by so many threads.
-
-    Raises UserError, for all files together, if `decode_file` fails.
-    """
+    """uint8 (N, 3, S, S); raises UserError for all files together that `decode_file` refuses."""
     images = np.empty((len(files), 3, image_size, image_size), np.uint8)
 
     def decode_one(n: int) -> str | None:
@@ -81,10 +73,10 @@ def decode_files(files: list[Path], image_size: int, workers: int) -> Tensor:
 
 
 def decode_file(path: Path, size: int) -> np.ndarray:
-    """Decode an image of any size to uint8 (3, size, size): upright, RGB, on white.
+    """Decode an image of any size to uint8 (3, size, size): upright, RGB, on white, the centre.
 
-    The shorter side is resized to `size` and the centre is cropped. Raises ValueError for several
-    frames (MPO: a photo with previews) and for more than 8 bits, which Pillow would clip or cut.
+    Raises ValueError for several frames (MPO: a photo with previews), and for more than 8 bits,
+    which Pillow would clip or cut.
     """
     with Image.open(path, formats=FORMATS) as file:
         if file.format != "MPO" and getattr(file, "n_frames", 1) > 1:

@@ -6,7 +6,7 @@ h = enc(images)  # (N, 3, 32, 32) in [0, 1] -> (N, feature_dim)
 """
 
 import io
-import pickle
+import logging
 import re
 import zipfile
 from pathlib import Path
@@ -18,30 +18,18 @@ from torch import Tensor, nn
 from config import Architecture, keys
 from models import SimCLR
 from system.errors import OUT_OF_MEMORY, UserError
-from system.files import write_file
+
+log = logging.getLogger("simclr")
 
 ARCHITECTURE = keys(Architecture)
 CONTENT = {"model": dict, "config": dict, "epoch": int}
-# Config keys that checkpoints of earlier versions lack, and what those versions did.
-ADDED = {"init": None, "blur_probability": 0.0}
-HEADS = ("projector", "fc")  # of SimCLR, and of torchvision's ResNet
+HEADS = ("projector.", "fc.")  # of SimCLR, and of torchvision's ResNet
 WRAPPERS = re.compile(r"^((module|_orig_mod|enc)\.)+")  # DistributedDataParallel, torch.compile
 
 
 def checkpoint_name(backbone: str, epoch: int) -> str:
     """The file name of the checkpoint after `epoch` epochs."""
     return f"simclr_{backbone}_epoch{epoch}.pt"
-
-
-def save_checkpoint(
-    path: Path, weights: dict[str, Tensor], config: dict[str, Any], epoch: int
-) -> None:
-    """Write {"model": state dict, "config": plain dict, "epoch": int} atomically, on the CPU.
-
-    Raises UserError if the file cannot be written.
-    """
-    weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    write_file(path, to_bytes({"model": weights, "config": config, "epoch": epoch}))
 
 
 def to_bytes(content: dict[str, Any]) -> bytes:
@@ -52,19 +40,19 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 
 
 def load_checkpoint(path: Path, content: dict[str, type] = CONTENT) -> dict[str, Any]:
-    """Read a file of `save_checkpoint` on the CPU. Nothing in it is executed.
+    """Read {"model": state dict, "config": plain dict, "epoch": int} on the CPU; executes nothing.
 
-    content: the required keys and their types. Raises UserError if it is missing, damaged (the CRC
-    of an entry is wrong) or not of simclr.py.
+    content: required keys and their types. Raises UserError if it is missing, damaged, or not ours.
     """
     saved = _read(path)
+    lacks = f"{path} was not written by this simclr.py: it lacks"
     for key, kind in content.items():
         if not isinstance(saved, dict) or not isinstance(saved.get(key), kind):
-            raise UserError(f"{path} was not written by this simclr.py: it has no {key}")
+            raise UserError(f"{lacks} {key}")
     for key in ARCHITECTURE:
         if saved["config"].get(key) is None:
-            raise UserError(f"{path} was not written by simclr.py: its config lacks {key}")
-    return {**saved, "config": {**ADDED, **saved["config"]}}
+            raise UserError(f"{lacks} {key} in its config")
+    return saved
 
 
 def _read(path: Path) -> Any:
@@ -73,26 +61,19 @@ def _read(path: Path) -> Any:
     content = path.read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no CRC
-            if (entry := archive.testzip()) is not None:
-                raise ValueError(f"wrong CRC of {entry}")
-            if any(entry.external_attr & 0x10 for entry in archive.infolist()):
-                # torch 2.14.1 takes it for a directory, and returns uninitialised memory
-                raise ValueError("an entry is marked as a directory")
+            # torch 2.14.1 takes the flag 0x10 for a directory, and returns uninitialised memory
+            directory = any(entry.external_attr & 0x10 for entry in archive.infolist())
+            if directory or archive.testzip() is not None:
+                raise ValueError("an entry is damaged")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's message tells how to execute it
-        reason = "it is not the plain data of simclr.py or of a state dict"
     except Exception as error:  # the readers raise many types
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{path} is damaged or no checkpoint ({reason})")
+        raise UserError(f"{path} is damaged, or holds more than plain data: not loaded") from None
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load all weights and statistics of a module.
-
-    Raises UserError, naming `where` they are from, if they do not fit or are not finite.
-    """
+    """Load weights and statistics; raises UserError if they do not fit, or are not finite."""
     try:
         missing, unexpected = module.load_state_dict(weights, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:  # other shapes, no tensors
@@ -106,36 +87,30 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], where: str) -> N
             raise UserError(f"{where}: {name} has values that are not finite, or negative variance")
 
 
-def load_init(enc: nn.Module, init: str) -> str:
-    """Start the encoder from the file `init`; returns a line for the log that says what it has.
+def load_init(enc: nn.Module, init: str) -> None:
+    """Start the encoder from the file `init`, and log which. Raises UserError as `load_weights`.
 
     init: a checkpoint or training state of simclr.py, a run directory (its newest checkpoint), or
-    the state dict of a torchvision ResNet. The head in it is left out, as is a `conv1` of another
-    shape (3×3 or 7×7), which stays random. Raises UserError as `load_weights`.
+    a torchvision ResNet's state dict. Its head is left out, as is a `conv1` of another shape.
     """
     path = find_checkpoint(Path(init))
     saved = _read(path)
-    weights = saved.get("model", saved) if isinstance(saved, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    found = saved.get("model", saved) if isinstance(saved, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
         raise UserError(f"init={path}: must hold a checkpoint of simclr.py or a ResNet's weights")
-    weights = {WRAPPERS.sub("", str(key)): value for key, value in weights.items()}
-    heads = sorted({key.split(".")[0] for key in weights} & {*HEADS})
-    weights = {key: value for key, value in weights.items() if key.split(".")[0] not in heads}
-    line = f"init: the encoder starts from {', without '.join([str(path), *heads])}"
+    found = {WRAPPERS.sub("", str(key)): value for key, value in found.items()}
+    weights = {key: value for key, value in found.items() if not key.startswith(HEADS)}
     own = enc.conv1.weight.detach()
-    given = weights.get("conv1.weight", own)
-    if given.shape != own.shape:
+    other_stem = weights.get("conv1.weight", own).shape != own.shape
+    if other_stem:
         weights["conv1.weight"] = own
-        line += f"; conv1 has another shape, {(*given.shape,)} not {(*own.shape,)}: stays random"
     load_weights(enc, weights, f"init={path}")
-    return line
+    without = f", but for conv1, which is not {(*own.shape,)}" if other_stem else ""
+    log.info(f"init: the encoder starts from {path}{without}")
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
-    """Build the network of a checkpoint read from `path`, trained or randomly initialised.
-
-    Raises UserError as `load_weights`.
-    """
+    """The network of a checkpoint read from `path`, trained or randomly initialised."""
     model = SimCLR(**{key: saved["config"][key] for key in ARCHITECTURE if key != "image_size"})
     if trained:
         load_weights(model, saved["model"], str(path))
@@ -146,7 +121,7 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
     """The encoder of a checkpoint, frozen and in eval mode, on the CPU; and its feature size D.
 
     It maps images (N, 3, S, S) with values in [0, 1], not standardised, S the `image_size` of
-    the run, to representations h (N, D). Raises UserError, as `load_checkpoint` and `load_weights`.
+    the run, to representations h (N, D). Raises UserError, as `load_checkpoint`.
     """
     path = Path(path)
     model = build_model(load_checkpoint(path), path)
@@ -154,11 +129,7 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
 
 
 def find_checkpoint(path: Path, backbone: str | None = None, epoch: int | None = None) -> Path:
-    """The path itself, or the checkpoint of `backbone` after `epoch` epochs in that run directory.
-
-    None: of the backbone that it has checkpoints of; the newest. Raises UserError if none is found,
-    or if those found are of several backbones.
-    """
+    """The path itself; of a run directory the newest checkpoint that fits. May raise UserError."""
     if not path.is_dir():
         return path
     found: list[tuple[str, int]] = []
@@ -169,11 +140,7 @@ def find_checkpoint(path: Path, backbone: str | None = None, epoch: int | None =
     names = {name for name, _ in found}
     if len(names) == 1:
         return path / checkpoint_name(names.pop(), max(number for _, number in found))
-    reason = "checkpoints of several backbones" if found else "no checkpoint"
-    wanted = "" if backbone is None else f" of {backbone}"
-    wanted += "" if epoch is None else f" after epoch {epoch}"
+    reason = "checkpoints of several backbones" if found else "no such checkpoint"
     there = ", ".join(sorted(file.name for file in path.glob("*.pt"))[-5:]) or "no .pt file"
-    raise UserError(
-        f"{reason}{wanted} in {path}, which has {there}: name one with checkpoint=PATH or "
-        "init=PATH, or make one with simclr.py"
-    )
+    remedy = "simclr.py writes them, or give the path of one"
+    raise UserError(f"{reason} in {path}, which has {there}: {remedy}")

@@ -1,7 +1,6 @@
 """The command line, which Hydra reads: the config, run directories, sweeps and refusals."""
 
 import difflib
-import hashlib
 import logging
 import os
 import re
@@ -27,18 +26,13 @@ from system.errors import describe, error_boundary
 log = logging.getLogger("simclr")
 
 CONFIG_FILE = Path(__file__).parents[1] / "simclr_config.yml"
-LONGEST = 120  # characters of a directory's name; file systems allow 143 (eCryptfs) to 255 bytes
 
 
 def register_config() -> None:
-    """Register simclr_config.yml with Hydra under the name `simclr_config`.
+    """Register simclr_config.yml with Hydra under the name `simclr_config`; `Config` has the types.
 
-    Hydra 1.2 and later look for `.yaml` only; a node in the ConfigStore is found whatever its
-    file is called. `Config` gives the types. Each of the file's `recipes` becomes a choice of the
-    config group `recipe`, whose values replace those of the file; the command line comes last.
-    `per_256` and `times_root` are the linear and the square-root scaling rule of the learning rate
-    (App. B.1), which OmegaConf, having no arithmetic, cannot write itself.
-    Raises the errors of OmegaConf and PyYAML for a damaged file.
+    Each of its `recipes` becomes a choice of the group `recipe`; the command line comes last.
+    `per_256` and `times_root` are the scaling rules of the learning rate (App. B.1).
     """
     resolvers = {
         "per_256": lambda base, batch_size: base * batch_size / 256,
@@ -63,10 +57,7 @@ def register_config() -> None:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """The composed config as a `Config`, with every value resolved and checked.
-
-    Raises ConfigError; OmegaConf's own errors for an interpolation that leads nowhere.
-    """
+    """The composed config with every value resolved and checked. Raises ConfigError."""
     for key in cfg:  # Hydra refuses an unknown key itself, unless it is added with +key=value
         if key not in keys(Config) and key != "hydra":
             raise ConfigError(_no_such_key(str(key)))
@@ -131,19 +122,10 @@ class CheckConfig(Callback):
 
 def directory_name(overrides: ListConfig | list[str]) -> str:
     """The directory of a sweep's job: its overrides, but those that name no run: `may_change`,
-    without recipe.
-
-    Without characters of a shell or of Hydra, and not too long: it ends with a hash of the
-    overrides where something was replaced or cut off. Empty if no override is left.
-    """
+    without recipe. Empty if none is left."""
     unnamed = {*may_change()} - {"recipe"}
-    naming = [override for override in overrides if _key(override) not in unnamed]
-    text = "_".join(sorted(naming)).replace("=", "-")
-    name = re.sub(r"[^\w.]+", "-", text, flags=re.ASCII).strip("-.")
-    if name == text and len(name) <= LONGEST:
-        return name
-    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-    return f"{name[: LONGEST - 9]}-{digest[:8]}"
+    naming = sorted(override for override in overrides if _key(override) not in unnamed)
+    return re.sub(r"[=/\\]+", "-", "_".join(naming))
 
 
 def _key(override: str) -> str:
@@ -153,9 +135,7 @@ def _key(override: str) -> str:
 def check_sweep(hydra: DictConfig) -> None:
     """Raise ConfigError where two jobs of a sweep would write the same results.
 
-    hydra: Hydra's own config. Jobs share a directory if they differ only in keys that name none
-    (`directory_name`), and results too unless they differ in `labels`. Those that differ in labels
-    alone evaluate one run: in its directory, unless that of the sweep holds one.
+    Jobs that differ in labels alone evaluate one run: in its directory, unless the sweep has one.
     """
     params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])

@@ -64,11 +64,7 @@ def find_cuda_problem() -> str | None:
 
 
 def select_precision(name: str, device: torch.device) -> str:
-    """A name of PRECISIONS, the dtype of convolutions and matrix products.
-
-    `auto` is bf16 if the hardware supports it, which needs no loss scaling; fp16 on older GPUs,
-    whose small range needs a gradient scaler; else fp32.
-    """
+    """A name of PRECISIONS. `auto`: bf16 if in hardware; fp16, with loss scaling, on older GPUs."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -94,11 +90,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def compile_static(f: Callable[..., Any], choice: bool | str) -> Callable[..., Any]:
-    """`f` compiled for static shapes, when it is first called.
-
-    Where that fails, as without a compiler, `f` itself runs after a warning if `choice` is "auto";
-    True raises ConfigError. Nothing has run by then: the backward pass is compiled too.
-    """
+    """`f` compiled for static shapes when first called, with its backward pass. Where that fails,
+    `f` itself runs after a warning if `choice` is "auto"; True raises ConfigError."""
     torch.compiler.reset()  # of earlier jobs of a sweep: after eight forms torch stops compiling
     torch.compiler.set_stance("default")
     functorch.force_non_lazy_backward_lowering = True

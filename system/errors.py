@@ -35,18 +35,16 @@ class Stopped(BaseException):
     """A signal ended the run: a whole sweep ends, so Hydra must not catch it."""
 
     def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(number, message)
-        self.exit_code, self.message = 128 + number, message
+        super().__init__(number, message)  # with which pickle makes it again
+        self.exit_code = 128 + number
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.exit_code - 128).name}{self.message}"
+        return f"stopped by {signal.Signals(self.args[0]).name}{self.args[1]}"
 
 
 class StopSignals:
-    """Within the block a signal of STOP only sets `received`; one that is ignored stays ignored.
-
-    One of AT_ONCE that comes again acts as outside: a script ends, a notebook is interrupted.
-    """
+    """In the block a signal of STOP only sets `received`, unless it is ignored. One of AT_ONCE that
+    comes again acts as outside: a script ends, a notebook is interrupted."""
 
     received: int | None = None
 
@@ -85,15 +83,13 @@ class Dropping:
     def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno
         return getattr(sys.stderr, name)
 
-    def write(self, text: str) -> None:
-        """Write the text to stderr, or drop it."""
+    def write(self, text: str = "") -> None:
+        """Write the text to stderr, and flush it, or drop it."""
         with suppress(OSError, ValueError, AttributeError):  # gone, closed, None
             sys.stderr.write(text)
-
-    def flush(self) -> None:
-        """Flush stderr, or do nothing."""
-        with suppress(OSError, ValueError, AttributeError):
             sys.stderr.flush()
+
+    flush = write
 
 
 def progress_bar(**options: Any) -> tqdm:
@@ -108,9 +104,18 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         return text, exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT", 128 + signal.SIGINT
+    if isinstance(error, OverrideParseException):
+        key, _, value = str(error.override).partition("=")
+        value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
+        quoted = re.sub(r'([\\"$`])', r"\\\1", f"{key}='{value}'")  # for the shell
+        reason = str(error).splitlines()[0]
+        return f'{error.override}: {reason}; a text with such characters is "{quoted}"', 2
     refusal = isinstance(error, (HydraException, OmegaConfBaseException, YAMLError))
     if refusal or text.startswith(OF_HYDRA):
-        return describe_refusal(error), 2
+        reason = text.split(" Config search path")[0]  # after the recipes that there are
+        if error.__cause__ is not None:
+            reason += ": " + " ".join(str(error.__cause__).split())
+        return reason, 2
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}", 1
     # torch.cuda.graph raises another error over the first one
@@ -118,23 +123,6 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         advice = "activation_checkpointing=true, a micro_batch_size, or a smaller batch_size"
         return f"out of memory ({text[:200] or 'of the host'}): less is taken by {advice}", 1
     return None
-
-
-def describe_refusal(error: Exception) -> str:
-    """What Hydra, OmegaConf or PyYAML refused: the key, and their reason."""
-    if isinstance(error, OverrideParseException):
-        key, _, value = str(error.override).partition("=")
-        value = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", r"\'")
-        quoted = re.sub(r'([\\"$`])', r"\\\1", f"{key}='{value}'")  # for the shell
-        reason = str(error).splitlines()[0]
-        return f'{error.override}: {reason}; a text with such characters is "{quoted}"'
-    text = str(error).split("Config search path")[0]  # after the recipes that there are
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        text += f": {error.__cause__}"
-    reason, _, details = text.partition("full_key: ")
-    key = details.partition("\n")[0]
-    reason = f"{key}: {reason}" if key and key not in reason else reason
-    return " ".join(reason.split())
 
 
 @contextmanager
@@ -148,16 +136,9 @@ def error_boundary() -> Iterator[None]:
         line, exit_code = known
         print(line if exit_code > 128 else f"error: {line}", file=Dropping())
         sys.exit(exit_code)
-    finally:
-        _drop_unwritten()
-
-
-def _drop_unwritten() -> None:
-    """Python would flush stdout at exit, fail if its reader has ended, and exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except AttributeError:  # None
-            continue
+    finally:  # Python flushes at exit; where a reader has ended it would fail, and exit with 120
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

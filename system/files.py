@@ -1,6 +1,5 @@
 """Files of a run directory: atomic writes, a lock, and which of them are ours."""
 
-import errno
 import json
 import logging
 import os
@@ -21,20 +20,16 @@ from system.errors import UserError
 log = logging.getLogger("simclr")
 
 OTHER = "choose another run directory with hydra.run.dir=PATH"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system
-# What a run, its evaluation and its pictures write, beside results and predictions.
+# What a run, its evaluation and its pictures write, beside results.json.
 WEIGHTS = re.compile(r"simclr_\w+_(epoch[1-9]\d*|last|previous)\.pt")
 RUN_FILES = re.compile(
     rf"{WEIGHTS.pattern}|config\.yaml|metrics\.jsonl|events\.out\.tfevents\..+\.simclr"
-    r"|simclr(_lin)?\.log|(curves|views|embedding|neighbours|confusion)\.(png|svg)"
+    r"|(curves|views|embedding|neighbours)\.(png|svg)"
 )
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write, flush to disk and rename: a crash or power cut leaves the old file or the new one.
-
-    Raises UserError if that fails.
-    """
+    """Write, flush, rename: a crash leaves the old file or the new. May raise UserError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -42,43 +37,27 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with suppress(OSError):  # Windows and some file systems cannot sync a directory
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): it takes {len(content) / 1e6:,.1f} "
-            "MB; free up space, or make the directory writable"
-        ) from None
+        reason = f"({error.strerror}): it takes {len(content) / 1e6:,.1f} MB"
+        raise UserError(f"{path} could not be written {reason}") from None
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The config of the run in a directory, from its config.yaml.
-
-    Raises UserError if the file is missing, damaged or of another program.
-    """
+    """config.yaml of a run directory. Raises UserError if it is missing, damaged or another's."""
     path = run_dir / "config.yaml"
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())})") from None
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict) or not {"temperature", *keys(Architecture)} <= set(config):
         raise UserError(f"{path} is not of simclr.py: move it away, or {OTHER}")
     return config
 
 
 def read_json(content: bytes, where: Path | str, *needed: str) -> dict[str, Any]:
-    """The JSON object in `content`; `needed`: keys that it must have.
-
-    Raises UserError, naming `where`, if it holds anything else.
-    """
+    """A JSON object with the keys `needed`; raises UserError, naming `where`, for anything else."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -89,31 +68,31 @@ def read_json(content: bytes, where: Path | str, *needed: str) -> dict[str, Any]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
-    """Read metrics.jsonl of a run directory, a dict per epoch; empty in its first epoch.
-
-    Raises UserError if it is damaged or of another program.
-    """
+    """The lines of metrics.jsonl; empty in the first epoch. Raises UserError as `read_json`."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last: cut, or empty
     return [read_json(line, f"{path}, line {n}", "epoch") for n, line in enumerate(lines, 1)]
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of results.json; empty if there is none, or a file of another program."""
+    try:
+        return read_json(path.read_bytes(), path, "sha256", "protocols")
+    except (FileNotFoundError, UserError):
+        return {}
+
+
 @contextmanager
 def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `directory`/.<name>.lock within the block. Warns where there are no locks.
-
-    While another process holds it: waits, or without `wait` raises UserError.
-    """
-    lock = FileLock(directory / f".{name}.lock", fallback_to_soft=False)
+    """Hold a lock in the block. While another process has it: waits, or raises UserError."""
+    lock = FileLock(directory / f".{name}.lock")
     try:
         lock.acquire(blocking=wait)
     except Timeout:
         used = f"{directory} is in use by another {name}.py"
         raise UserError(f"{used}: wait until that ends, or {OTHER}") from None
-    except (OSError, NotImplementedError) as error:  # filelock's word for ENOSYS is the second
-        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
-            raise UserError(f"{directory} cannot be written ({error.strerror}): {OTHER}") from None
-        log.warning(f"warning: {directory} is on a file system without locks: start one {name}.py")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be locked ({error.strerror}): {OTHER}") from None
     try:
         yield
     finally:
@@ -139,26 +118,11 @@ def move_aside(run_dir: Path) -> None:
     if not holds_run(run_dir):
         return
     files = [path for path in run_dir.iterdir() if RUN_FILES.fullmatch(path.name)]
-    for path in run_dir.glob("results*.json"):
-        files += [path, path.with_suffix(".md")] if is_results(path) else []
-    for path in run_dir.glob("predictions.csv"):
-        files += [path] if path.read_bytes().startswith(b"file,class,probability") else []
+    files += [path for path in run_dir.glob("results*.json") if read_results(path)]
     number = 1
     while (aside := run_dir / f"old-{number}").exists():
         number += 1
     aside.mkdir()
-    for handler in logging.getLogger().handlers:  # reopen the log here, where a later message goes
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
-    for path in sorted(path for path in files if path.exists()):
+    for path in files:
         path.rename(aside / path.name)
     log.info(f"moved the files of the earlier run to {aside}")
-
-
-def is_results(path: Path) -> bool:
-    """Whether a file was written by simclr_lin.py as results.json."""
-    try:
-        read_json(path.read_bytes(), path, "sha256", "protocols")
-    except UserError:
-        return False
-    return True

@@ -10,19 +10,17 @@ import torch
 
 from models import SimCLR
 from system.checkpoint import (
-    ADDED,
     ARCHITECTURE,
     build_model,
     checkpoint_name,
     find_checkpoint,
     load_checkpoint,
     load_encoder,
-    save_checkpoint,
     to_bytes,
 )
 from system.errors import UserError
 
-CONFIG = {"seed": 1, **ADDED, **dict.fromkeys(ARCHITECTURE, 8)}
+CONFIG = {"seed": 1, **dict.fromkeys(ARCHITECTURE, 8)}
 CONTENT = {"model": {"w": torch.arange(4.0)}, "config": CONFIG, "epoch": 1}
 CHECKPOINT = "simclr_resnet18_epoch2.pt"
 
@@ -30,9 +28,9 @@ CHECKPOINT = "simclr_resnet18_epoch2.pt"
 @pytest.fixture
 def saved(tmp_path):
     """A directory with checkpoints of epochs 9, 10 and, of another backbone, 11."""
-    weights = {"w": torch.arange(4.0)}
     for backbone, epoch in (("resnet18", 9), ("resnet18", 10), ("wide_resnet50_2", 11)):
-        save_checkpoint(tmp_path / checkpoint_name(backbone, epoch), weights, CONFIG, epoch)
+        content = to_bytes({**CONTENT, "epoch": epoch})
+        (tmp_path / checkpoint_name(backbone, epoch)).write_bytes(content)
     return tmp_path
 
 
@@ -58,14 +56,13 @@ def test_the_newest_epoch_is_the_largest_number_of_the_backbone(saved):
 
 def test_a_missing_checkpoint_is_an_error_that_lists_those_there_are(saved):
     for backbone, epoch, reason in (
-        ("resnet18", 7, "no checkpoint of resnet18 after epoch 7"),
-        ("resnet50", None, "no checkpoint of resnet50"),
+        ("resnet18", 7, "no such checkpoint"),
+        ("resnet50", None, "no such checkpoint"),
         (None, None, "checkpoints of several backbones"),
     ):
         with pytest.raises(UserError, match=f"^{reason} in {saved}, which has ") as error:
             find_checkpoint(saved, backbone, epoch)
-        for part in (*(path.name for path in saved.iterdir()), "checkpoint=PATH", "init=PATH"):
-            assert part in str(error.value)
+        assert all(path.name in str(error.value) for path in saved.iterdir())
     (saved / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty, which has no \.pt file"):
         find_checkpoint(saved / "empty")
@@ -94,16 +91,19 @@ class Odd:
 def test_what_is_no_checkpoint_is_refused_in_a_line_and_nothing_is_executed(tmp_path):
     whole, trap = to_bytes(CONTENT), Trap(tmp_path / "sprung")
     files = {
-        "empty": (b"", "damaged or no checkpoint"),
-        "cut": (whole[: len(whole) // 2], "damaged or no checkpoint"),
-        "text": (b"hello", "damaged or no checkpoint"),
-        "odd": (to_bytes({"model": Odd()}), "damaged or no checkpoint"),
-        "pickle": (pickle.dumps(trap), "not a zip file"),
-        "trap": (to_bytes({**CONTENT, "extra": trap}), "it is not the plain data of simclr"),
-        "weights": (to_bytes(CONTENT["model"]), "was not written by this simclr.py: it has no mod"),
-        "list": (to_bytes([1]), "was not written by this simclr.py: it has no model"),
-        "other config": (to_bytes({**CONTENT, "config": {}}), "its config lacks backbone"),
-        "other type": (to_bytes({**CONTENT, "epoch": "1"}), "it has no epoch"),
+        "empty": (b"", "is damaged"),
+        "cut": (whole[: len(whole) // 2], "is damaged"),
+        "text": (b"hello", "is damaged"),
+        "odd": (to_bytes({"model": Odd()}), "is damaged"),
+        "pickle": (pickle.dumps(trap), "is damaged"),
+        "trap": (to_bytes({**CONTENT, "extra": trap}), "holds more than plain data"),
+        "weights": (
+            to_bytes(CONTENT["model"]),
+            "was not written by this simclr.py: it lacks model",
+        ),
+        "list": (to_bytes([1]), "was not written by this simclr.py: it lacks model"),
+        "other config": (to_bytes({**CONTENT, "config": {}}), "it lacks backbone in its config"),
+        "other type": (to_bytes({**CONTENT, "epoch": "1"}), "it lacks epoch"),
     }
     path = tmp_path / "x.pt"
     for name, (content, reason) in files.items():
@@ -145,11 +145,9 @@ def test_a_machine_with_too_little_memory_is_not_taken_for_a_damaged_file(
 def test_a_checkpoint_of_an_earlier_version_loads(thin, trained, tmp_path):
     """Its config lacks keys, and torch.save alone wrote it."""
     old = torch.load(trained / CHECKPOINT, weights_only=True)
-    for key in ADDED:
+    for key in ("init", "blur_probability"):
         del old["config"][key]
     torch.save(old, tmp_path / "old.pt")
-    config = load_checkpoint(tmp_path / "old.pt")["config"]
-    assert (config["init"], config["blur_probability"]) == (None, 0)
     assert load_encoder(tmp_path / "old.pt")[1] == 128
 
 

@@ -71,7 +71,7 @@ def test_defaults_are_those_of_the_documentation(config):
         "hidden_dim": 2048, "cifar_stem": True, "init": None, "sync_batchnorm": True,
         "micro_batch_size": None, "knn_interval": 10, "save_minutes": 10, "resume": True,
         "warmup_epochs": 0, "protocols": ["knn", "linear"], "baselines": [], "labels": None,
-        "runs": 1, "finetune_views": 5, "finetune_weight_decay": 0.0, "predict": None,
+        "runs": 1, "finetune_views": 5, "finetune_weight_decay": 0.0,
     }  # fmt: skip
 
 
@@ -189,23 +189,22 @@ BAD = [
     ("data_dir", "' '", "a path"),
     ("init", "''", "a path"),  # as of a shell's unset variable, which would start at random
     ("checkpoint", "''", "a path"),
-    ("predict", "''", "a path"),
     ("protocols", "knn", "not a ListConfig, list or tuple"),
     ("protocols", "[]", "knn, linear, linear_clean, logistic, finetune"),
     ("protocols", "[knn,knn]", "one of knn, linear"),
     ("baselines", "[supervised]", "one of random, pixels"),
     ("labels", "0", "null, a fraction above 0 and below 1, or a number of images of each class"),
     ("labels", "true", "null, a fraction above 0 and below 1"),
-    ("finetune_learning_rate", "[]", "a list"),
+    ("finetune_learning_rate", "[]", "a number above 0"),
     ("finetune_learning_rate", "[0.1,0]", "a number above 0"),
     ("finetune_weight_decay", "-1", "a number from 0"),
     ("compile", "fast", "auto, true or false"),
     ("view_sizes", "16", "null or [[pixels,fraction],...]"),
-    ("view_sizes", f"[{','.join(['[16,0.11]'] * 9)}]", "1 to 8 pairs"),
+    ("view_sizes", f"[{','.join(['[16,0.11]'] * 9)}]", "null or [[pixels,fraction],...]"),
     ("view_sizes", "[[16,0.5],[32,0.4]]", "sum to 1"),
-    ("view_sizes", "[[4,0.5],[32,0.5]]", "pixels from 8 to 1024"),
-    ("view_sizes", "[[16,1.5],[32,-0.5]]", "fractions above 0 that sum to 1"),
-    ("view_sizes", "[[16.5,1]]", "pixels from 8"),
+    ("view_sizes", "[[4,0.5],[32,0.5]]", "8 to 1024 pixels"),
+    ("view_sizes", "[[16,1.5],[32,-0.5]]", "fractions that sum to 1"),
+    ("view_sizes", "[[16.5,1]]", "8 to 1024 pixels"),
 ]  # fmt: skip
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from test_resume import LAST, between_steps
+from test_resume import LAST, STATE, between_steps
 
 import simclr
 import training.run
 from system.checkpoint import load_checkpoint
 from system.errors import Stopped, UserError, describe
 from training.run import Run
-from training.state import STATE
 
 SMALL = ["projection_dim=8", "hidden_dim=16", "knn_interval=0", "epochs=3"]  # three steps an epoch
 
@@ -184,3 +183,19 @@ def test_a_signal_on_a_full_disk_says_that_nothing_is_saved(cfg, tmp_path, monke
     between_steps(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with handler("SIGTERM", signal.SIG_DFL), pytest.raises(Stopped, match="could not be written"):
         simclr.pretrain(cfg(), tmp_path)
+
+
+class Broken:
+    """A stream whose reader has ended."""
+
+    encoding = "utf-8"
+
+    def write(self, text=""):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    flush = isatty = write
+
+
+def test_a_progress_bar_that_cannot_be_written_ends_no_run(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Broken())
+    assert simclr.pretrain(cfg("epochs=1"), tmp_path)["epoch"] == 1

@@ -15,7 +15,6 @@ from training.metrics import (
     alignment,
     epoch_means,
     is_collapsed,
-    is_finite,
     spread,
     summary,
     uniformity,
@@ -60,15 +59,6 @@ def test_epoch_means_leave_out_gradients_that_overflowed():
     ]
     assert epoch_means(steps) == {"loss": 3, "gradient_norm": 3}
     assert epoch_means(steps[1:2])["gradient_norm"] is None
-
-
-def test_what_is_finite_depends_on_the_scaler_for_the_gradient_alone():
-    for loss, norm, without, scaled in (
-        (1.0, 1.0, True, True), (1.0, math.inf, False, True), (1.0, math.nan, False, True),
-        (math.nan, 1.0, False, False), (-math.inf, 1.0, False, False),
-    ):  # fmt: skip
-        values = {"loss": loss, "gradient_norm": norm}
-        assert (is_finite(values, False), is_finite(values, True)) == (without, scaled)
 
 
 def test_collapsed_is_a_small_spread_with_the_accuracy_of_chance_and_is_said_once(config, caplog):

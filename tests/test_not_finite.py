@@ -1,23 +1,17 @@
-"""What is not finite ends a run, is never saved, and is never a result."""
+"""What is not finite ends a run, and is never saved nor evaluated."""
 
 import math
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import slowed
-from test_resume import LAST, differences, outcome
+from test_resume import LAST, STATE, differences, outcome
 
 import simclr
-import simclr_lin
 import training.run
-from evaluation import protocols
-from evaluation.protocols import Result
 from system.checkpoint import load_checkpoint
 from system.errors import UserError
-from training.state import STATE
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_never_saved(
     simclr.pretrain(cfg(), tmp_path / "whole")
     with monkeypatch.context() as patch:
         count = spoil(patch, step, **values)
-        remedy = f"in step {step}, which is not saved: .* resume=false and a lower learning_rate"
+        remedy = f"in step {step}, not saved: start over with resume=false, .* a lower learning_rate"
         with pytest.raises(UserError, match=remedy):
             simclr.pretrain(cfg("log_interval=1"), tmp_path / "run")
     epochs = (step - 1) // 3
@@ -83,39 +77,8 @@ def test_a_gradient_that_overflows_in_float16_is_no_failure(cfg, tmp_path, monke
     assert simclr.pretrain(cfg("precision=fp16", "epochs=1"), tmp_path)["epoch"] == 1
 
 
-@pytest.fixture
-def checkpoint(thin, trained, tmp_path):
-    """A copy of the checkpoint of a toy run."""
-    return Path(shutil.copy(trained / "simclr_resnet18_epoch2.pt", tmp_path))
-
-
-@pytest.mark.parametrize("protocol", protocols.RUN)
-def test_scores_that_are_not_finite_are_no_result_whatever_the_protocol(
-    toy, checkpoint, tmp_path, monkeypatch, protocol
-):
-    scores = torch.full((9, 3), -torch.inf if protocol == "knn" else torch.nan)
-    monkeypatch.setitem(protocols.RUN, protocol, lambda task: Result(scores, {}))
-    name = protocol.removeprefix("weighted_")
-    with pytest.raises(UserError, match=f"not finite: scores of {protocol}, checkpoint, seed 42"):
-        simclr_lin.evaluate(toy(f"protocols=[{name}]", "finetune_views=1"), checkpoint, tmp_path)
-    assert protocol == "weighted_knn" or not (tmp_path / "results.json").exists()
-
-
-def test_candidates_of_which_none_is_finite_are_no_result(toy, checkpoint, tmp_path):
-    cfg = toy("protocols=[linear_clean]", "finetune_learning_rate=[1e38,1e37]", "precision=fp32")
-    with pytest.raises(UserError, match="not finite: scores of linear_clean"):
-        simclr_lin.evaluate(cfg, checkpoint, tmp_path)
-
-
-def test_predictions_of_a_layer_that_diverged_are_not_written(toy, checkpoint, tmp_path):
-    overrides = f"predict={tmp_path}/images/test", "finetune_learning_rate=1e38", "precision=fp32"
-    with pytest.raises(UserError, match="not finite: scores of linear"):
-        simclr_lin.predict(toy(*overrides), checkpoint, tmp_path)
-    assert not (tmp_path / "predictions.csv").exists()
-
-
-def test_a_checkpoint_that_is_not_finite_is_one_line_of_each_command(call, toy, checkpoint):
-    saved = torch.load(checkpoint, weights_only=True)
+def test_a_checkpoint_that_is_not_finite_is_one_line_of_each_command(thin, call, toy, trained):
+    saved, checkpoint = load_checkpoint(trained / "simclr_resnet18_epoch2.pt"), "bad.pt"
     saved["model"]["enc.bn1.bias"][0] = torch.nan
     torch.save(saved, checkpoint)
     data = ["dataset=folder", "data_dir=images", "image_size=8", "device=cpu", "batch_size=8"]

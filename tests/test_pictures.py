@@ -15,7 +15,7 @@ from PIL import Image
 
 from images import folder
 from images.datasets import load_split
-from images.folder import decode_file, load_images
+from images.folder import decode_file, decode_files, find_images
 from system.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -47,6 +47,11 @@ def tiff_16(planar=False):
     return content.replace(interleaved, planes) if planar else content
 
 
+def load_images(root, size, workers):
+    files = find_images(root)
+    return files, decode_files(files, size, workers)
+
+
 def write(root, **files):
     """Write files {name, in which __ is a dot: bytes} into a folder."""
     root.mkdir(exist_ok=True)
@@ -62,8 +67,8 @@ def test_any_size_and_mode_is_read_and_the_right_size_is_not_changed(tmp_path):
             image = Image.fromarray(pixels).convert("L" if mode == "LA" else "RGB").convert(mode)
             kind = "jpg" if mode == "CMYK" else "png"
             image.save(tmp_path / f"{mode} ü {width}x{height}.{kind}")
-    files, images, remarks = load_images(tmp_path, 16, 4)
-    assert files == sorted(tmp_path.iterdir()) and remarks == ()
+    files, images = load_images(tmp_path, 16, 4)
+    assert files == sorted(tmp_path.iterdir())
     assert images.shape == (28, 3, 16, 16) and str(images.dtype) == "torch.uint8"
     exact = images[files.index(tmp_path / "P ü 16x16.png")].permute(1, 2, 0).numpy()
     expected = np.asarray(Image.open(tmp_path / "P ü 16x16.png").convert("RGB"))
@@ -115,7 +120,7 @@ def test_what_is_transparent_is_white(tmp_path):
         grey__png=encoded("PNG", Image.fromarray(255 - alpha[..., 0]), **clear),
         half__png=encoded("PNG", half),
     )  # fmt: skip
-    files, images, _ = load_images(tmp_path, 16, 1)
+    files, images = load_images(tmp_path, 16, 1)
     for file, image in zip(files, images, strict=True):
         assert image[:, 0, 0].tolist() == [255] * 3, file
         assert image[:, 8, 8].tolist() == [128 if file.stem == "half" else 0] * 3, file
@@ -171,7 +176,7 @@ def test_a_photo_with_previews_is_its_first_frame_and_5_bits_are_no_16(tmp_path)
     masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)  # 5, 6 and 5 bits
     bmp = header + bytes(16) + masks + b"\xff\xff" * 256  # white
     write(tmp_path, a__jpg=photo, b__mpo=photo, c__bmp=bmp)
-    _, images, _ = load_images(tmp_path, 16, 1)
+    _, images = load_images(tmp_path, 16, 1)
     for image in images[:2]:
         assert np.abs(image.permute(1, 2, 0).numpy() - PIXELS.astype(int)).max() <= 3
     assert images[2].min() == 255
@@ -196,7 +201,7 @@ def test_all_unreadable_files_are_in_one_error(write_images, tmp_path, workers):
     assert [f"{n:02}.jpg (" in line for n in range(12)] == [True] * 10 + [False] * 2
 
 
-def test_other_files_are_left_out_and_counted(tmp_path):
+def test_other_files_are_left_out_and_counted(tmp_path, caplog):
     images = ["a.png", "b.JPG", "c.jpeg", "d.tif", "e.webp", "f.gif", "g.bmp", "h.mpo", "i.jfif"]
     for name in images:
         Image.fromarray(PIXELS).save(tmp_path / name, "JPEG" if name == "h.mpo" else None)
@@ -212,7 +217,8 @@ def test_other_files_are_left_out_and_counted(tmp_path):
             (path / "x.png").write_bytes(encoded("PNG"))
     (tmp_path / "inner" / "o.png").mkdir()  # a folder
     (tmp_path / "inner" / "o.png" / "z.png").write_bytes(encoded("PNG"))
-    files, _, [remark] = load_images(tmp_path, 8, 1)
+    caplog.set_level("INFO")
+    files, [remark] = find_images(tmp_path), caplog.messages
     inside = tmp_path / "inner" / "o.png" / "z.png"
     visible = [tmp_path / name for name in images] + [inside, tmp_path / "k" / "x.png"]
     assert files == sorted(visible)
@@ -227,7 +233,7 @@ def test_a_folder_without_images_or_that_is_missing_is_refused(tmp_path):
         load_images(tmp_path / "missing", 8, 1)
 
 
-def test_links_are_followed_but_to_folders_below_a_class(write_images, tmp_path):
+def test_links_are_followed_but_to_folders_below_a_class(write_images, tmp_path, caplog):
     elsewhere = write_images(tmp_path / "elsewhere", classes=2, all=3) / "all"
     train = tmp_path / "images" / "train"
     (train / "b").mkdir(parents=True)
@@ -235,9 +241,10 @@ def test_links_are_followed_but_to_folders_below_a_class(write_images, tmp_path)
     (train / "b" / "0.png").symlink_to(elsewhere / "class1" / "0.png")  # an image
     (train / "b" / "loop").symlink_to(train)
     cfg = make_config("dataset=folder", f"data_dir={tmp_path / 'images'}", "image_size=8")
+    caplog.set_level("INFO")
     split = load_split(cfg, "train")
     assert split.labels.tolist() == [0, 0, 0, 1] and split.classes == ["a", "b"]
-    assert split.remarks[0].startswith(f"left out of {train}: 1 files or folders")
+    assert caplog.messages[0].startswith(f"left out of {train}: 1 files or folders")
     (train / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(UserError, match=r"gone\.png \(.*No such file"):
         load_split(cfg, "train")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -26,10 +27,11 @@ from config import ConfigError, may_change
 from system.checkpoint import find_checkpoint, load_checkpoint, to_bytes
 from system.errors import Stopped, UserError
 from training.run import Run
-from training.state import STATE, check_unchanged
+from training.state import find_state
 
 TIMED = "views_per_second", "seconds"
 SMALL = "epochs=3", "projection_dim=8", "hidden_dim=16", "knn_interval=2"  # three steps an epoch
+STATE = {"config": dict, "step": int}  # keys of a training state
 LAST, WEIGHTS = "simclr_resnet18_last.pt", "simclr_resnet18_epoch3.pt"
 WHOLE: dict[tuple[str, ...], dict[str, str]] = {}  # what uninterrupted runs end with
 compose_toy = cache(toy_config)  # takes as long as nine steps
@@ -192,24 +194,25 @@ def test_a_step_that_is_interrupted_halfway_is_not_saved_and_done_again(
     run, whole, tmp_path, monkeypatch, caplog, where
 ):
     """Its batch-norm statistics, its weights or its count of steps are ahead of the others."""
+    monkeypatch.setattr(training.run, "math", SimpleNamespace(isfinite=math.isfinite))
     owner, name = {
         "nt_xent": (simclr, "nt_xent"),
         "the update": (torch.optim.SGD, "step"),
         "after the update": (Run, "log_step"),
-        "reading metrics": (training.run.diagnostics, "is_finite"),
+        "reading metrics": (training.run.math, "isfinite"),  # twice a step
     }[where]
-    function, count = getattr(owner, name), []
+    function, count, last = getattr(owner, name), [], 9 if name == "isfinite" else 5
 
     def interrupted(*args, **options):
         count.append(1)
-        if len(count) == 5:
+        if len(count) == last:
             raise SystemExit(3)
         return function(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(owner, name, interrupted)
         run("stopped", "save_minutes=0")
-    assert "interrupted within a step: the state on disk stays" in caplog.text
+    assert "ended within a step: the state on disk stays" in caplog.text
     assert load_checkpoint(tmp_path / "stopped" / LAST, STATE)["step"] == 3
     assert differences(outcome(run("stopped")), whole()) == []
 
@@ -258,15 +261,17 @@ def test_where_and_how_it_is_computed_may_change(run, whole):
     assert (found / "simclr_resnet18_epoch2.pt").is_file()
 
 
-def test_every_other_key_is_compared_and_named_with_both_values(toy, tmp_path):
+def test_every_other_key_is_compared_and_named_with_both_values(toy, tmp_path, monkeypatch):
     cfg = toy("precision=fp32")
+    (tmp_path / LAST).touch()
     for key, value in asdict(cfg).items():
-        other = {"config": {**asdict(cfg), key: "another"}}
+        saved = {**dict.fromkeys(training.state.STATE), "config": {**asdict(cfg), key: "another"}}
+        monkeypatch.setattr(training.state, "load_checkpoint", lambda *_, saved=saved: saved)
         if key in may_change():
-            check_unchanged(other, cfg, tmp_path)
+            assert find_state(tmp_path, cfg) is saved
             continue
         with pytest.raises(ConfigError) as error:
-            check_unchanged(other, cfg, tmp_path)
+            find_state(tmp_path, cfg)
         assert str(error.value).startswith(f"{key}={value} (was another): must be as in {tmp_path}")
     read_by_training = {"temperature", "crop_scale", "seed", "batch_size", "weight_decay", "init"}
     assert not read_by_training & {*may_change()}
@@ -282,7 +287,7 @@ def test_another_config_is_refused_with_the_ways_on_and_changes_no_file(run):
     ):
         with pytest.raises(ConfigError, match=f"^{reason}: must be as in {folder} to ") as error:
             run("run", override)
-        for way in ("resume=false starts over", "hydra.run.dir=PATH", f"init={folder}"):
+        for way in ("start over with resume=false", "hydra.run.dir=PATH", f"init={folder}"):
             assert way in str(error.value)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert lines(run("longer", "epochs=4", f"init={folder}"))[-1]["epoch"] == 4
@@ -295,7 +300,7 @@ def test_a_state_of_an_earlier_version_is_refused_with_the_reason(run):
     old = {key: saved[key] for key in ("model", "optimizer", "scaler", "seconds", "history")}
     old |= {"random": {"device": "cpu"}, "order": torch.randperm(24), "found": [], "epoch": 1}
     (folder / LAST).write_bytes(to_bytes({**old, "images": "", "config": saved["config"]}))
-    reason = "of an earlier version, with other random numbers: start over with"
+    reason = "of another version, with other random numbers: start over with"
     with pytest.raises(UserError, match=reason):
         run("run")
 
@@ -315,12 +320,12 @@ def raw(saved):
 
 
 DAMAGE = {
-    "truncated": (lambda whole, saved: whole[:-1000], r"last\.pt is damaged or no checkpoint"),
+    "truncated": (lambda whole, saved: whole[:-1000], r"last\.pt is damaged"),
     "changed": (lambda whole, saved: whole.replace(raw(saved), raw(saved)[::-1]),
-                r"last\.pt is damaged or no checkpoint \(wrong CRC"),
+                r"last\.pt is damaged"),
     "foreign": (lambda whole, saved: to_bytes({"weights": torch.ones(3)}), "was not written by"),
     "other weights": (lambda whole, saved: to_bytes({**saved, "model": {}}),
-                      r"does not fit its config .*bn1\.bias"),
+                      "training state"),
     "missing": (None, "holds a run without its training state"),
 }  # fmt: skip
 
@@ -333,7 +338,7 @@ def test_a_damaged_state_is_refused_with_the_remedy(run, damage):
         path.unlink()
     else:
         path.write_bytes(change(path.read_bytes(), load_checkpoint(path, STATE)))
-    with pytest.raises(UserError, match=f"{reason}.*: start over with resume=false, or choose"):
+    with pytest.raises(UserError, match=f"{reason}.*start over with resume=false, or choose"):
         run("run")
 
 
@@ -363,15 +368,11 @@ def test_starting_over_moves_the_files_of_the_run_and_no_others(run, whole):
     assert (folder / "old-2" / WEIGHTS).is_file() and not (folder / "old-3").exists()
 
 
-def test_where_it_goes_on_and_another_version_of_torch_are_said(run, caplog, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(training.run, "VERSIONS", {"torch": "1.0"})
-        folder = run("run", stop=5)
+def test_where_it_goes_on_is_said(run, caplog):
+    folder = run("run", stop=5)
     with caplog.at_level("INFO"):
-        run("run", stop=1)
         run("run")
-    assert f"{folder}: 1 epochs and 2 steps are done; saved with {{'torch': '1.0'}}" in caplog.text
-    assert f"{folder}: 1 epochs and 3 steps are done\n" in caplog.text
+    assert f"{folder}: 1 epochs and 2 steps are done" in caplog.messages
 
 
 def test_metrics_after_the_state_are_cut_off(run):

@@ -22,11 +22,6 @@ from system.errors import UserError
 TIMEOUT = timedelta(hours=3)  # of a collective: as long as downloading or decoding may take
 
 
-def is_distributed() -> bool:
-    """Whether this process is one of several ranks."""
-    return os.environ.get("WORLD_SIZE") not in (None, "", "1")
-
-
 def rank() -> int:
     """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -39,11 +34,8 @@ def world_size() -> int:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Connect the ranks within the block; each uses GPU `LOCAL_RANK`, rank 0 alone logs.
-
-    Raises UserError if that fails: torch names what is missing.
-    """
-    if not is_distributed():
+    """Connect the ranks within the block; each uses GPU `LOCAL_RANK`, rank 0 alone logs."""
+    if os.environ.get("WORLD_SIZE") in (None, "", "1"):
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -64,22 +56,18 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def check_ranks(cfg: Config, device: torch.device) -> None:
-    """Raise ConfigError for values that do not fit the number of ranks.
-
-    Shards are equal multiples of four images, since four neighbours share the places of the hue
-    shift (`random_views`). torch's SyncBatchNorm exists on GPUs only.
-    """
+    """Raise ConfigError for values that do not fit the number of ranks. Shards are multiples of
+    four: four neighbours share the places of the hue shift. SyncBatchNorm exists on GPUs only."""
     ranks, shard = world_size(), cfg.batch_size // world_size()
-    equal = ranks == 1 or cfg.batch_size % (4 * ranks) == 0
-    allowed = f"a multiple of {4 * ranks}, four images for each of {ranks} ranks"
-    cfg.require("batch_size", equal, allowed)
+    if ranks > 1:
+        equal = cfg.batch_size % (4 * ranks) == 0
+        cfg.require("batch_size", equal, f"a multiple of {4 * ranks}, for {ranks} ranks")
+        synchronised = not cfg.sync_batchnorm or device.type == "cuda"
+        cfg.require("sync_batchnorm", synchronised, f"false for {ranks} ranks on {device.type}")
+        cfg.require("compile", cfg.compile is not True, f"false or auto for {ranks} ranks")
     # a smaller last micro-batch would weigh more in the running statistics
     divides = cfg.micro_batch_size is None or shard % cfg.micro_batch_size == 0
     cfg.require("micro_batch_size", divides, f"a divisor of the {shard} images of each rank")
-    synchronised = ranks == 1 or not cfg.sync_batchnorm or device.type == "cuda"
-    cfg.require("sync_batchnorm", synchronised, f"false for {ranks} ranks on {device.type}")
-    compiles = ranks > 1 and cfg.compile is True
-    cfg.require("compile", not compiles, f"false or auto for {ranks} ranks: it was not tried")
 
 
 def local_shard(x: Tensor, views: int = 1) -> Tensor:
@@ -88,10 +76,7 @@ def local_shard(x: Tensor, views: int = 1) -> Tensor:
 
 
 def wrap_ddp(model: nn.Module, sync_batchnorm: bool) -> nn.Module:
-    """The model in DistributedDataParallel, which averages gradients over the ranks.
-
-    Without `sync_batchnorm` batch norm has the statistics of each shard; rank 0's are saved.
-    """
+    """The model, under torchrun in DistributedDataParallel, which averages gradients over ranks."""
     if world_size() == 1:
         return model
     if sync_batchnorm:
@@ -114,10 +99,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks, with gradient: (n, d) -> (world size · n, d).
-
-    The gradient of a row is summed over the ranks; that of `all_gather` would be none.
-    """
+    """Concatenate the rows of all ranks, (n, d) -> (world size · n, d), with their gradients."""
     return x if world_size() == 1 else _Gather.apply(x)
 
 

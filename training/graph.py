@@ -14,9 +14,8 @@ class GraphedStep:
     """Record a training step once for each view size, and replay it from then on.
 
     A step of ResNet-18 has 3,000 kernels; launching them one by one takes a fast GPU longer than
-    running them (docs/gpu.md). The first steps of each size run eagerly. The results are the same.
-    Numbers are part of a recording, so the optimizer's learning rate must be a tensor; the metrics
-    are overwritten by the next step. `step` may not wait for the GPU.
+    running them (docs/gpu.md). The first steps of each size run eagerly. Numbers are part of a
+    recording, so the learning rate must be a tensor; the next step overwrites the metrics.
     """
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
@@ -31,17 +30,14 @@ class GraphedStep:
             self.eager_steps += 1
             return self.step(batch, noise, size)
         if self.graph is None:
-            self._record(batch, noise)
+            self.batch, self.noise = batch.clone(), noise.clone()
+            self.optimizer.zero_grad()  # so that the gradients lie in the graph's memory
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.step(self.batch, self.noise, self.size)
         self.batch.copy_(batch)
         self.noise.copy_(noise)
         # a replay does not count as a write, by which an interrupted step is told (training.run)
         torch.autograd.graph.increment_version(self.optimizer.param_groups[0]["params"][0])
         self.graph.replay()
         return self.metrics
-
-    def _record(self, batch: Tensor, noise: Tensor) -> None:
-        self.batch, self.noise = batch.clone(), noise.clone()
-        self.optimizer.zero_grad()  # so that the gradients lie in the graph's memory
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.metrics = self.step(self.batch, self.noise, self.size)

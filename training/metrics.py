@@ -11,25 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
-from system.files import write_file
 
 log = logging.getLogger("simclr")
 
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
-    """Mean squared distance of the two views of an image on the unit sphere, in [0, 4].
+    """Mean squared distance of the views z1, z2 (N, d) on the unit sphere, in [0, 4]. Detached.
 
-    z1, z2: (N, d). Wang & Isola 2020 (arXiv 2005.10242), Eq. 4 with α = 2. Detached.
+    Wang & Isola 2020 (arXiv 2005.10242), Eq. 4 with α = 2.
     """
     z1, z2 = (F.normalize(z.detach().float(), dim=1) for z in (z1, z2))
     return (z1 - z2).square().sum(dim=1).mean()
 
 
 def uniformity(z: Tensor) -> Tensor:
-    """Logarithm of the mean Gaussian potential of all pairs of images, in [-8, 0].
+    """Log of the mean Gaussian potential of all pairs of images, in [-8, 0]; z: (N, d). Detached.
 
-    z: (N, d), one view of each image. Wang & Isola 2020, Eq. 5 with t = 2: 0 where all embeddings
-    are the same, about -4 where they are evenly spread in many dimensions. Detached.
+    Wang & Isola 2020, Eq. 5 with t = 2: 0 if all embeddings are the same, about -4 if they spread.
     """
     z = F.normalize(z.detach().float(), dim=1)
     potential = torch.exp(4 * (z @ z.T) - 4)  # -t·|a - b|² = 4·cos - 4
@@ -47,8 +45,7 @@ def spread(z: Tensor) -> Tensor:
 
 def warn_of_collapse(history: list[dict[str, float | None]], cfg: Config) -> None:
     """Warn after the first epoch of a run in which all images had nearly the same embedding."""
-    collapsed = [line for line in history if is_collapsed(line, cfg)]
-    if collapsed == history[-1:]:
+    if [line for line in history if is_collapsed(line, cfg)] == history[-1:]:
         log.warning(
             f"warning: in epoch {len(history)} all images have nearly the same embedding: lower "
             f"learning_rate ({cfg.learning_rate:g}), or wait if this is one of the first epochs"
@@ -56,8 +53,7 @@ def warn_of_collapse(history: list[dict[str, float | None]], cfg: Config) -> Non
 
 
 def is_collapsed(line: dict[str, float | None], cfg: Config) -> bool:
-    """Whether an epoch has less than a tenth of the largest possible spread, and a contrastive
-    accuracy of at most twice that of chance, 1 in 2N-1."""
+    """Whether the spread is below a tenth of the largest, and accuracy at most twice chance."""
     chance = 1 / (2 * cfg.batch_size - 1)
     narrow = line["z_std"] < 0.1 / math.sqrt(cfg.projection_dim)
     return narrow and line["contrastive_accuracy"] <= 2 * chance
@@ -75,20 +71,6 @@ def summary(line: dict[str, float | None], cfg: Config) -> str:
     return text
 
 
-def is_finite(values: dict[str, float], scaled: bool) -> bool:
-    """Whether loss and gradient are finite. One that is `scaled` may overflow: it is skipped."""
-    return math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"]))
-
-
-def explain_divergence(metrics: dict[str, float], cfg: Config, step: int) -> str:
-    """The message about a training step, from 1, that is not finite."""
-    loss, norm = metrics["loss"], metrics["gradient_norm"]
-    return (
-        f"loss {loss}, gradient norm {norm} in step {step}, which is not saved: start over with "
-        f"resume=false and a lower learning_rate ({cfg.learning_rate:g}) or precision=fp32"
-    )
-
-
 def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
     """Means of the step metrics; of the gradient norm over steps that did not overflow in fp16."""
     means: dict[str, float | None] = {name: fmean(s[name] for s in steps) for name in steps[0]}
@@ -96,35 +78,31 @@ def epoch_means(steps: list[dict[str, float]]) -> dict[str, float | None]:
     return {**means, "gradient_norm": fmean(finite) if finite else None}
 
 
-def write_metrics(run_dir: Path, history: list[dict[str, float | None]]) -> None:
-    """Write all of metrics.jsonl, 400 bytes per epoch, so that a crash never leaves half a line."""
-    lines = "".join(json.dumps(line) + "\n" for line in history)
-    write_file(run_dir / "metrics.jsonl", lines.encode())
+def to_lines(history: list[dict[str, float | None]]) -> bytes:
+    """All of metrics.jsonl: written whole, 400 bytes an epoch, no crash leaves half a line."""
+    return "".join(json.dumps(line) + "\n" for line in history).encode()
 
 
 class TensorBoard:
     """The lines of metrics.jsonl as TensorBoard scalars. What fails, the import too, warns once."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.writer, self.epoch, self.failed = run_dir, None, 0, False
+        self.run_dir, self.writer, self.failed = run_dir, None, False
 
-    def write(self, history: list[dict[str, float | None]]) -> None:
-        """Add the epochs that are new."""
+    def write(self, line: dict[str, float | None]) -> None:
+        """Add an epoch; the first hides later ones of an earlier process."""
         if self.failed:
             return
         try:
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # its protobuf may not fit
 
-                # hides the epochs that an earlier process wrote, which are written again
-                options = {"purge_step": self.epoch + 1, "filename_suffix": ".simclr"}
+                options = {"purge_step": line["epoch"], "filename_suffix": ".simclr"}
                 self.writer = SummaryWriter(self.run_dir, **options)
-            for line in history[self.epoch :]:
-                for name, value in line.items():
-                    if name != "epoch" and value is not None:
-                        self.writer.add_scalar(name, value, line["epoch"])
+            for name, value in line.items():
+                if name != "epoch" and value is not None:
+                    self.writer.add_scalar(name, value, line["epoch"])
             self.writer.flush()
         except Exception as error:  # an import can raise anything
             self.failed = True
             log.warning(f"warning: TensorBoard gets nothing ({error}); metrics.jsonl has it")
-        self.epoch = len(history)

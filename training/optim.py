@@ -7,40 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import OPTIMIZERS, Config
+from config import Config, Pretraining
 
 TRUST = 0.001  # LARS trust coefficient, as in google-research/simclr
 TINY = 1e-7
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of Muon: five steps take 0.01 to 1 into 0.7 to 1.2
-FUSED = ("cuda", "mps", "cpu")  # devices on which torch updates all parameters in one kernel
 
 
 def make_optimizer(
-    name: str,
+    cfg: Pretraining,
     parameters: Iterable[nn.Parameter],
     *,
-    momentum: float,
-    weight_decay: float,
     fused: bool = True,
     learning_rate: float | Tensor = 0.0,
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, LARS or Muon; `set_learning_rate` sets the rate at each step.
+    """SGD with Nesterov momentum and decay of all parameters, as published; LARS; or Muon.
 
-    SGD's weight decay applies to all parameters, as in the published repository. `fused` updates
-    them in one kernel; not with a gradient scaler, since a first step that overflows leaves torch's
-    fused momentum uninitialised (torch 2.14.1, torch/optim/sgd.py). A CUDA graph needs a learning
-    rate that is a tensor. Raises ValueError for a name that is not in `OPTIMIZERS`.
+    `fused` updates all in one kernel; not with a gradient scaler, since a first step that overflows
+    leaves torch's fused momentum uninitialised (torch 2.14.1, torch/optim/sgd.py). A CUDA graph
+    needs a learning rate that is a tensor.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
-    parameters = list(parameters)
-    defaults = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
-    if name == "lars":
-        return LARS(parameters, defaults)
-    if name == "muon":
-        return Muon(parameters, defaults)
-    fused = fused and parameters[0].device.type in FUSED
-    return torch.optim.SGD(parameters, **defaults, nesterov=momentum > 0, fused=fused)
+    momentum, decay = cfg.momentum, cfg.weight_decay
+    defaults = {"lr": learning_rate, "momentum": momentum, "weight_decay": decay}
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **defaults, nesterov=momentum > 0, fused=fused)
+    return {"lars": LARS, "muon": Muon}[cfg.optimizer](parameters, defaults)
 
 
 class _PerWeight(torch.optim.Optimizer):
@@ -65,9 +56,8 @@ class LARS(_PerWeight):
         v ← μ·v + η·λ·(g + β·w),  w ← w - v,  λ = 0.001 · |w| / |g + β·w|
 
     η is the learning rate, μ the momentum, β the weight decay (Algorithm 1, in the form of
-    google-research/simclr). One-dimensional weights, which are the biases and batch norm, have
-    λ = 1 and β = 0; they are found by shape, since the name "bn" misses downsample.1. λ = 1 also
-    where |w| or the gradient is 0, so that weights initialised with zeros move. No host sync.
+    google-research/simclr). One-dimensional weights, found by shape since the name "bn" misses
+    downsample.1, have λ = 1 and β = 0. λ = 1 also where |w| or the gradient is 0. No host sync.
     """
 
     def _update(
@@ -88,9 +78,9 @@ class Muon(_PerWeight):
 
     η is the learning rate, μ the momentum; a convolution is a matrix, output channels × the rest.
     A step is relative to the weight, whose norm stays: batch norm and the cosine hide it from the
-    loss (all but the biases of the head). So η is about the angle of a step, in radians, and there
-    is no weight decay. One-dimensional weights, which are the biases and batch norm, have SGD with
-    Nesterov momentum and weight decay, at the same η. A weight of zeros gets norm 1. No host sync.
+    loss (but for biases of the head). So η is about the angle of a step, in radians, and there is
+    no weight decay. One-dimensional weights have SGD with Nesterov momentum and weight decay, at
+    the same η. A weight of zeros gets norm 1. No host sync.
     """
 
     def _update(
@@ -113,10 +103,9 @@ class Muon(_PerWeight):
 def orthogonalise(matrix: Tensor) -> Tensor:
     """About UVᵀ for a matrix UΣVᵀ: singular values above 0.002 of its norm become 0.7 to 1.2.
 
-    Smaller ones are multiplied by up to 485; zeros stay. Needs float32, not TF32, since they are
-    squared. Five steps of Newton-Schulz, x ← a·x + b·x³ + c·x⁵ for each singular value. They are
-    applied to the product of the matrix with its transpose, which is the smaller square: half the
-    time of multiplying the matrix itself in each step.
+    Five steps of Newton-Schulz, x ← a·x + b·x³ + c·x⁵ for each singular value, applied to the
+    smaller square, the matrix times its transpose: half the time. Needs float32, not TF32, since
+    they are squared. Smaller ones are multiplied by up to 485; zeros stay.
     """
     if len(matrix) > matrix.shape[1]:
         return orthogonalise(matrix.T).T
@@ -140,11 +129,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 def cosine_learning_rate(
     step: int, total_steps: int, peak: float, floor: float, warmup_steps: int = 0
 ) -> float:
-    """Linear warm-up to `peak`, then cosine decay to `floor` (Sec. 2.3).
-
-    Warm-up reaches `peak` at step `warmup_steps` - 1, the decay `floor` at the last step,
-    `total_steps` - 1. A pure function of the global step, so there is no scheduler state to save.
-    """
+    """Linear warm-up to `peak` at step `warmup_steps` - 1, then cosine decay (Sec. 2.3) to `floor`
+    at the last step, `total_steps` - 1. A pure function of the global step: no state to save."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
@@ -152,10 +138,7 @@ def cosine_learning_rate(
 
 
 def view_size(step: int, total_steps: int, view_sizes: list[list[float]]) -> int:
-    """Progressive resolution: the size of the views at this step, in pixels.
-
-    view_sizes: [[pixels, fraction of the steps], …] in the order of the run, summing to 1.
-    """
+    """Size of the views at this step; view_sizes: [[pixels, fraction of the steps], …] in order."""
     end = 0.0
     for pixels, fraction in view_sizes:
         end += fraction
@@ -174,10 +157,7 @@ def schedule(cfg: Config, step: int, total_steps: int) -> tuple[float, int]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the absolute learning rate of every parameter group (LambdaLR would take a factor).
-
-    A rate that is a tensor is filled: its address is part of a CUDA graph.
-    """
+    """Set the rate of every group; a tensor is filled, whose address is part of a CUDA graph."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate)

@@ -1,6 +1,7 @@
 """A run: its progress, what it writes, and how it ends."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,23 +14,22 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from config import Config
-from system.checkpoint import checkpoint_name, load_init, save_checkpoint, to_bytes
+from system.checkpoint import checkpoint_name, load_init, to_bytes
 from system.errors import StopSignals, UserError, progress_bar
 from system.files import check_ours, locked, move_aside, write_file
 from training import metrics as diagnostics
 from training.distributed import all_reduce_max, all_reduce_mean, barrier, check_same, rank
 from training.optim import schedule
-from training.state import START_OVER, VERSIONS, Learner, find_state, state_path
+from training.state import START_OVER, Learner, find_state
 
 log = logging.getLogger("simclr")
+
+METRICS = "metrics.jsonl"
 
 
 @contextmanager
 def open_run(run_dir: Path, cfg: Config) -> Iterator[dict[str, Any] | None]:
-    """Hold the lock of the run directory in the block, which gets the saved state, if any.
-
-    Raises as `find_state`; UserError if the directory is in use or holds files of another program.
-    """
+    """Hold the run directory's lock in the block, which gets the saved state; as `find_state`."""
     with locked(run_dir, "simclr") if rank() == 0 else nullcontext():
         check_ours(run_dir)
         saved = find_state(run_dir, cfg) if cfg.resume else None
@@ -52,7 +52,7 @@ class Run:
         self.seconds, self.clock = 0.0, time.perf_counter()  # that these steps took; since when
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.unwritten: dict[str, str] = {}  # what was not written, and why
-        self.board, self.stop, self.finite = diagnostics.TensorBoard(run_dir), StopSignals(), True
+        self.board, self.stop = diagnostics.TensorBoard(run_dir), StopSignals()
         self.tensors = [*learner.model.parameters(), *learner.model.buffers()]
 
     @property
@@ -71,22 +71,18 @@ class Run:
         return self.epoch * self.steps + self.steps_done
 
     def start(self, saved: dict[str, Any] | None) -> None:
-        """Resume from a state of `open_run`, or start in the run directory.
-
-        Raises UserError if state or `init` do not fit, or a file cannot be written.
-        """
+        """Resume from a state, or start. Raises UserError if state or init does not fit."""
         if saved is not None:
             self._restore(saved)
         else:
-            line = load_init(self.learner.model.enc, self.cfg.init) if self.cfg.init else None
+            if self.cfg.init:
+                load_init(self.learner.model.enc, self.cfg.init)
             if rank() == 0 and not self.cfg.resume:
                 move_aside(self.run_dir)
-            if line is not None:  # here, in the log of this run
-                log.info(line)
             self.save()
         self.check_written()  # before config.yaml: without a state it would be refused
         if rank() == 0:
-            diagnostics.write_metrics(self.run_dir, self.history)
+            write_file(self.run_dir / METRICS, diagnostics.to_lines(self.history))
             write_file(self.run_dir / "config.yaml", OmegaConf.to_yaml(asdict(self.cfg)).encode())
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -100,26 +96,21 @@ class Run:
             line = f"{self.run_dir} holds this run, complete; resume=false starts over"
             if not self._checkpoint().exists():
                 self._save_checkpoint()
-        elif saved["versions"] != VERSIONS:
-            line += f"; saved with {saved['versions']}: identical only up to rounding"
         log.info(line)
 
     def _checkpoint(self) -> Path:
         return self.run_dir / checkpoint_name(self.cfg.backbone, self.epoch)
 
     def _save_checkpoint(self) -> None:
-        with self._retrying("checkpoint"):
-            if rank() == 0:
-                weights = self.learner.model.state_dict()
-                save_checkpoint(self._checkpoint(), weights, asdict(self.cfg), self.epoch)
+        if rank() == 0:
+            weights = {name: w.cpu() for name, w in self.learner.model.state_dict().items()}
+            content = {"model": weights, "config": asdict(self.cfg), "epoch": self.epoch}
+            self._write("checkpoint", self._checkpoint(), to_bytes(content))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Train in the block. However it ends, the state of the last complete step is saved, but
-        not after a step that is not finite or was interrupted halfway: the state on disk stays.
-
-        Raises UserError if the last write of a file failed.
-        """
+        """Train in the block. However that ends, the state of the last complete step is saved, but
+        not after a step that is not finite or ended halfway. UserError as `check_written`."""
         bar = progress_bar(total=self.total_steps, initial=self.step, unit="step", delay=0.1)
         with self.stop, bar as self.bar:
             self.clock, self.between_steps = time.perf_counter(), self._position()
@@ -128,22 +119,19 @@ class Run:
                 self.check_signal()  # one that came during the last save
             finally:
                 again = self.stop.received is not None  # a second signal, or its save has failed
-                if self.finite and not again and self.step != self.saved_step:
-                    if self._position() == self.between_steps:
-                        self.save()
-                    else:
-                        log.warning("warning: interrupted within a step: the state on disk stays")
+                if self._position() != self.between_steps:
+                    log.warning("warning: ended within a step: the state on disk stays as it is")
+                elif not again and self.step != self.saved_step:
+                    self.save()
         self.check_written()
+        log.info(f"{diagnostics.summary(self.history[-1], self.cfg)}; saved {self._checkpoint()}")
 
     def _position(self) -> tuple[int, int]:
         """Steps, and torch's count of writes to weights and statistics: these change together."""
         return self.step, sum(tensor._version for tensor in self.tensors)
 
     def log_step(self, metrics: dict[str, Tensor]) -> None:
-        """Count a step and record its metrics, which stay on the device for up to a second.
-
-        Raises UserError if one is not finite; Stopped after a signal.
-        """
+        """Count a step; its metrics stay on the device for a second. Raises UserError, Stopped."""
         self.names = list(metrics)
         self.pending.append(all_reduce_mean(torch.stack(list(metrics.values()))))
         self.between_steps = self._position()
@@ -157,12 +145,16 @@ class Run:
         self.pending = []
         for row in rows:
             metrics = dict(zip(self.names, row, strict=True))
-            if not diagnostics.is_finite(metrics, self.learner.scaler.is_enabled()):
-                self.finite = False
-                raise UserError(diagnostics.explain_divergence(metrics, self.cfg, self.step + 1))
+            loss, norm = metrics["loss"], metrics["gradient_norm"]
+            scaled = self.learner.scaler.is_enabled()  # fp16: skips a step whose norm overflows
+            if not (math.isfinite(loss) and (scaled or math.isfinite(norm))):
+                self.between_steps = None  # so that the state is not saved
+                step = f"loss {loss}, gradient norm {norm} in step {self.step + 1}, not saved"
+                remedy = f"a lower learning_rate ({self.cfg.learning_rate:g}) or precision=fp32"
+                raise UserError(f"{step}: {START_OVER}, with {remedy}")
             self.step_metrics.append(metrics)
             accuracy = f"{metrics['contrastive_accuracy']:.1%}"
-            self.bar.set_postfix(loss=metrics["loss"], contrastive=accuracy, refresh=False)
+            self.bar.set_postfix(loss=loss, contrastive=accuracy, refresh=False)
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         self.bar.update(len(rows))
@@ -198,9 +190,8 @@ class Run:
             self.bar.set_description(f"kNN {knn_acc:.1%}")
         last = self.epoch == self.cfg.epochs
         if rank() == 0:
-            with self._retrying("metrics"):
-                diagnostics.write_metrics(self.run_dir, self.history)
-            self.board.write(self.history)
+            self._write("metrics", self.run_dir / METRICS, diagnostics.to_lines(self.history))
+            self.board.write(line)
         if last or self.epoch % self.cfg.log_interval == 0:
             self._save_checkpoint()
         # after the weights: a complete state implies that they are on disk
@@ -212,27 +203,29 @@ class Run:
         """Write the training state, 8 bytes a weight; returns whether it is on disk."""
         if self.pending:
             self._read_metrics()
-        content = {
-            **self.learner.state(),
-            "step": self.step,
-            "step_metrics": self.step_metrics,
-            "seconds": self.seconds,
-            "history": self.history,
-            "images": self.images,
-            "config": asdict(self.cfg),
-            "versions": VERSIONS,
-        }
-        with self._retrying("state"):
-            if rank() == 0:
-                write_file(state_path(self.run_dir, self.cfg.backbone), to_bytes(content))
-            self.saved_step, self.saved_at = self.step, time.monotonic()
-        return "state" not in self.unwritten
+        if rank() == 0:
+            learner, path = self.learner, self.run_dir / f"simclr_{self.cfg.backbone}_last.pt"
+            content = {
+                "model": learner.model.state_dict(),
+                "optimizer": learner.optimizer.state_dict(),
+                "scaler": learner.scaler.state_dict(),
+                "step": self.step,
+                "step_metrics": self.step_metrics,
+                "seconds": self.seconds,
+                "history": self.history,
+                "images": self.images,
+                "config": asdict(self.cfg),
+            }
+            self._write("state", path, to_bytes(content))
+        if "state" in self.unwritten:
+            return False
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        return True
 
-    @contextmanager
-    def _retrying(self, what: str) -> Iterator[None]:
+    def _write(self, what: str, path: Path, content: bytes) -> None:
         self.unwritten.pop(what, None)
         try:
-            yield
+            write_file(path, content)
         except UserError as error:
             self.unwritten[what] = str(error)
             log.warning(f"warning: {error}")
@@ -240,11 +233,4 @@ class Run:
     def check_written(self) -> None:
         """Raise UserError, on every rank, if the last write of any file failed."""
         if all_reduce_max(len(self.unwritten)):
-            raise UserError(
-                "; ".join(self.unwritten.values()) or "rank 0 could not write its files"
-            )
-
-    def log_summary(self) -> dict[str, float | None]:
-        """Log the last line of metrics.jsonl in words, and return it."""
-        log.info(f"{diagnostics.summary(self.history[-1], self.cfg)}; saved {self._checkpoint()}")
-        return self.history[-1]
+            raise UserError("; ".join(self.unwritten.values()) or "rank 0 could not write")
