@@ -97,8 +97,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="RUN or key=value")
     parser.add_argument("--out", help="directory for the pictures; default: the run's")
     args = parser.parse_args()
-    overrides = [text for text in args.arguments if "=" in text and not Path(text).is_dir()]
-    runs = [Path(text).expanduser() for text in args.arguments if text not in overrides]
+    given = [text.replace("=~/", f"={Path.home()}/") for text in args.arguments]  # as a shell
+    overrides = [text for text in given if "=" in text and not Path(text).is_dir()]
+    runs = [Path(text).expanduser() for text in given if text not in overrides]
     if len(runs) > 1:
         parser.error("more than one run directory: TensorBoard shows several")
     run = runs[0] if runs else None

@@ -50,7 +50,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{path} cannot be read ({reason})") from None
     if not isinstance(config, dict) or not {"temperature", *keys(Architecture)} <= set(config):
         raise UserError(f"{path} is not of simclr.py: move it away, or {OTHER}")
     return config
@@ -92,7 +93,7 @@ def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
         used = f"{directory} is in use by another {name}.py"
         raise UserError(f"{used}: wait until that ends, or {OTHER}") from None
     except OSError as error:
-        raise UserError(f"{directory} cannot be locked ({error.strerror}): {OTHER}") from None
+        raise UserError(f"{directory} cannot be locked ({error.strerror}): choose another") from None
     try:
         yield
     finally:

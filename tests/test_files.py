@@ -67,7 +67,7 @@ def test_a_lock_that_is_held_or_cannot_be_is_refused(tmp_path, monkeypatch):
             with locked(tmp_path, "simclr_lin"):  # an evaluation beside a training is no conflict
                 raise OSError(errno.ENOLCK, "of the block")
     (tmp_path / "file").write_text("no directory")
-    message = r"file cannot be locked \(.*(exists|Not a dir).*: choose another run directory"
+    message = r"file cannot be locked \(.*(exists|Not a dir).*: choose another"
     with pytest.raises(UserError, match=message), locked(tmp_path / "file", "simclr"):
         pass
     monkeypatch.setattr(fcntl, "flock", fail_with(OSError(errno.EIO, "Input/output error")))

@@ -49,7 +49,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_never_saved(
     simclr.pretrain(cfg(), tmp_path / "whole")
     with monkeypatch.context() as patch:
         count = spoil(patch, step, **values)
-        remedy = f"in step {step}, not saved: start over with resume=false, .* a lower learning_rate"
+        remedy = f"in step {step}, not saved: start over with resume=false, .* lower learning_rate"
         with pytest.raises(UserError, match=remedy):
             simclr.pretrain(cfg("log_interval=1"), tmp_path / "run")
     epochs = (step - 1) // 3

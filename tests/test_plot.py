@@ -71,7 +71,7 @@ def test_views_need_no_run(draw, toy, tmp_path):
 
 def test_mistakes_are_one_line(draw, run, tmp_path):
     for arguments, code, reason in (
-        ([tmp_path], 1, "config.yaml cannot be read ([Errno 2] No such file"),
+        ([tmp_path], 1, "config.yaml cannot be read (No such file"),
         (["batchsize=3"], 2, "batchsize"),
         (["temperature=-1"], 2, "temperature=-1"),
         ([run, "temperature=-1"], 2, "temperature=-1"),
@@ -93,7 +93,7 @@ def test_a_tilde_is_the_home_directory(draw, toy, monkeypatch, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(toy().data_dir, home / "images")
     monkeypatch.setenv("HOME", str(home))
-    images = "dataset=folder", "data_dir='~/images'", "image_size=8"
+    images = "dataset=folder", "data_dir=~/images", "image_size=8"
     assert draw(*images, "--out=~/pictures")[:2] == (0, {"views"})
     assert (home / "pictures" / "views.png").exists() and not Path("~").exists()
     assert "home/gone/config.yaml cannot be read" in draw("~/gone")[2]

@@ -56,7 +56,7 @@ def test_the_blocks_that_use_the_encoder_run_and_agree(place):
     features, resnet = blocks(section(README, "Use the encoder"))
     [export] = blocks(section(DOCS / "evaluation.md", "Export"))
     names = run(features)
-    assert names["h"].shape == (5, 512) == (len(names["files"]), names["feature_dim"])
+    assert names["h"].shape == (5, 512) == (len(names["images"]), names["feature_dim"])
     assert not names["h"].requires_grad and not names["enc"].training
     h, images = names["h"], names["images"]
     run(export, run(resnet, names))
