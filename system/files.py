@@ -93,7 +93,9 @@ def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
         used = f"{directory} is in use by another {name}.py"
         raise UserError(f"{used}: wait until that ends, or {OTHER}") from None
     except OSError as error:
-        raise UserError(f"{directory} cannot be locked ({error.strerror}): choose another") from None
+        raise UserError(
+            f"{directory} cannot be locked ({error.strerror}): choose another"
+        ) from None
     try:
         yield
     finally:
