@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -133,26 +132,22 @@ def _key(override: str) -> str:
 
 
 def check_sweep(hydra: DictConfig) -> None:
-    """Raise ConfigError where two jobs of a sweep would write the same results.
+    """Raise ConfigError for a sweep over a key that names no directory, but for labels.
 
-    Jobs that differ in labels alone evaluate one run: in its directory, unless the sweep has one.
+    A sweep over labels evaluates one run: in its directory, unless that of the sweep has one.
     """
     params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
-    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in overrides):
-        return  # a sweeper that draws values
-    jobs = BasicSweeper.split_arguments(overrides, None)[0]
-    labels = [[override for override in job if _key(override) == "labels"] for job in jobs]
-    names = [directory_name(job) for job in jobs]
-    results = {(name, *own) for name, own in zip(names, labels, strict=True)}
+    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
+    unnamed = [key for key in swept if key != "labels" and directory_name([key]) == ""]
     fixed = "${" not in OmegaConf.to_container(hydra.sweep)["subdir"]
-    if len(jobs) > 1 and (fixed or len(results) < len(jobs)):
-        raise ConfigError(
-            "the jobs of this sweep would overwrite each other's results: sweep keys that change "
-            "the encoder, or labels, each value once; start one command for each value of others"
-        )
-    one_run = names[0] == "" or (len(jobs) > 1 and len({*names}) == 1)
-    if one_run and not any(Path(hydra.sweep.dir, names[0]).glob("simclr_*.pt")):
+    if unnamed or (swept and fixed):
+        key = [*unnamed, "hydra.sweep.subdir"][0]
+        reason = "the jobs of this sweep would overwrite each other's results"
+        raise ConfigError(f"{key}: {reason}; start one command for each value")
+    name = directory_name([text for text in hydra.overrides.task if _key(text) not in swept])
+    one_run = swept == ["labels"] or (not swept and name == "")
+    if one_run and not any(Path(hydra.sweep.dir, name).glob("simclr_*.pt")):
         with read_write(hydra):
             hydra.overrides.hydra += ["hydra.sweep.dir=${hydra.run.dir}", "hydra.sweep.subdir=."]
 

@@ -59,13 +59,11 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def read_json(content: bytes, where: Path | str, *needed: str) -> dict[str, Any]:
     """A JSON object with the keys `needed`; raises UserError, naming `where`, for anything else."""
-    try:
+    with suppress(ValueError, TypeError, RecursionError):
         found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged ({error}): mend it or move it away") from None
-    if not isinstance(found, dict) or not set(needed) <= set(found):
-        raise UserError(f"{where} is of another program: move it away, or {OTHER}")
-    return found
+        if set(needed) <= set(found):
+            return found
+    raise UserError(f"{where} is damaged or of another program: move it away, or {OTHER}")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:

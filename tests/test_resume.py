@@ -382,6 +382,9 @@ def test_metrics_after_the_state_are_cut_off(run):
     (folder / "metrics.jsonl").write_text(first + '{"epoch": 2}\n{"epoch": 3}\n{"epo')
     run("run", stop=1)
     assert (folder / "metrics.jsonl").read_text() == first
+    state = (folder / LAST).read_bytes()
+    run("run")
+    (folder / LAST).write_bytes(state)  # as if it was killed before it wrote a later one
     events = EventAccumulator(str(run("run"))).Reload().Scalars("loss")
     assert [event.step for event in events] == [1, 2, 3]  # of TensorBoard, each epoch once
     assert [event.value for event in events] == pytest.approx([x["loss"] for x in lines(folder)])

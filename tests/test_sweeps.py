@@ -73,9 +73,7 @@ def test_a_sweep_over_labels_evaluates_the_run_that_is_there(train, call):  # no
     [
         (PRETRAIN, "workers=1,2", "would overwrite each other's results"),
         (PRETRAIN, "seed=1,2 compile=true,false", "would overwrite each other's results"),
-        (PRETRAIN, "temperature=0.1,0.1", "would overwrite each other's results"),
         (PRETRAIN, "seed=1,2 hydra.sweep.subdir=one", "would overwrite each other's results"),
-        (LIN, "labels=5,10,5", "would overwrite each other's results"),
         (LIN, "protocols=[knn],[linear]", "would overwrite each other's results"),
         (LIN, "checkpoint=a.pt,b.pt", "would overwrite each other's results"),
         (LIN, "finetune_learning_rate=choice(0.01,0.2)", "would overwrite each other's results"),

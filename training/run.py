@@ -147,8 +147,7 @@ class Run:
             metrics = dict(zip(self.names, row, strict=True))
             loss, norm = metrics["loss"], metrics["gradient_norm"]
             scaled = self.learner.scaler.is_enabled()  # fp16: skips a step whose norm overflows
-            if not (math.isfinite(loss) and (scaled or math.isfinite(norm))):
-                self.between_steps = None  # so that the state is not saved
+            if not (math.isfinite(loss) and (scaled or math.isfinite(norm))):  # and not counted
                 step = f"loss {loss}, gradient norm {norm} in step {self.step + 1}, not saved"
                 remedy = f"a lower learning_rate ({self.cfg.learning_rate:g}) or precision=fp32"
                 raise UserError(f"{step}: {START_OVER}, with {remedy}")
