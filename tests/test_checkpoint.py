@@ -90,12 +90,15 @@ class Odd:
 
 def test_what_is_no_checkpoint_is_refused_in_a_line_and_nothing_is_executed(tmp_path):
     whole, trap = to_bytes(CONTENT), Trap(tmp_path / "sprung")
+    flag = whole.index(b"PK\x01\x02") + 38  # of the first entry: torch would read it as no file
+    marked = whole[:flag] + b"\x10" + whole[flag + 1 :]
     files = {
         "empty": (b"", "is damaged"),
         "cut": (whole[: len(whole) // 2], "is damaged"),
         "text": (b"hello", "is damaged"),
         "odd": (to_bytes({"model": Odd()}), "is damaged"),
         "pickle": (pickle.dumps(trap), "is damaged"),
+        "marked as a directory": (marked, "is damaged"),
         "trap": (to_bytes({**CONTENT, "extra": trap}), "holds more than plain data"),
         "weights": (
             to_bytes(CONTENT["model"]),

@@ -200,7 +200,7 @@ BAD = [
     ("finetune_weight_decay", "-1", "a number from 0"),
     ("compile", "fast", "auto, true or false"),
     ("view_sizes", "16", "null or [[pixels,fraction],...]"),
-    ("view_sizes", f"[{','.join(['[16,0.11]'] * 9)}]", "null or [[pixels,fraction],...]"),
+    ("view_sizes", f"[{','.join(['[16,0.111]'] * 9)}]", "null or [[pixels,fraction],...]"),
     ("view_sizes", "[[16,0.5],[32,0.4]]", "sum to 1"),
     ("view_sizes", "[[4,0.5],[32,0.5]]", "8 to 1024 pixels"),
     ("view_sizes", "[[16,1.5],[32,-0.5]]", "fractions that sum to 1"),
