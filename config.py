@@ -110,8 +110,8 @@ class Evaluation:
     runs: int = between(1)
     finetune_epochs: int = between(1)
     finetune_views: int = between(1)
-    finetune_learning_rate: Any = between(0, above=True)  # a number, or a list to choose from
-    finetune_weight_decay: Any = between(0)  # as well
+    finetune_learning_rate: Any = between(0, above=True)  # None, a number, or a list to choose from
+    finetune_weight_decay: Any = between(0)  # a number, or such a list
 
 
 # In reverse: a dataclass takes the fields of its last base first.
@@ -121,10 +121,13 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
 
     def __post_init__(self) -> None:
         for key in fields(self):
-            if getattr(self, key.name) is None and key.type is not Any:  # OmegaConf checks types
+            value, names = getattr(self, key.name), key.metadata.get("names")
+            if value is None:  # OmegaConf refuses it where it may not be
                 continue
-            if "names" in key.metadata:
-                self._check_names(key.name, key.metadata["names"])
+            if names is not None:
+                given = as_list(value)
+                known = set(given) <= set(names) and len(set(given)) == len(given)
+                self.require(key.name, known, f"one of {', '.join(names)}")
             elif "low" in key.metadata:
                 self._check_range(key.name, **key.metadata)
         for key in ("data_dir", "init", "checkpoint"):
@@ -139,11 +142,6 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
         """Raise ConfigError with the key and its value, which must be `allowed`, or condition."""
         if not condition:
             raise ConfigError(f"{key}={getattr(self, key)}: must be {allowed}")
-
-    def _check_names(self, key: str, names: tuple[str, ...]) -> None:
-        given = as_list(getattr(self, key))
-        once = len(set(given)) == len(given)
-        self.require(key, once and set(given) <= set(names), f"one of {', '.join(names)}")
 
     def _check_range(self, key: str, *, low: float, high: float, above: bool) -> None:
         allowed = f"a number {'above' if above else 'from'} {low:g}"
@@ -168,15 +166,14 @@ class Config(Evaluation, Execution, Pretraining, Views, Architecture):
         self.require("compile", choice, "auto, true or false")
         self.require("protocols", len(self.protocols) > 0, f"some of {', '.join(PROTOCOLS)}")
         self.require("momentum", self.momentum < 1, "below 1")
+        self.require("finetune_weight_decay", self.finetune_weight_decay is not None, "a number")
 
     def _check_together(self) -> None:
-        allowed = f"less than epochs, which is {self.epochs}"
-        self.require("warmup_epochs", self.warmup_epochs < self.epochs, allowed)
-        rate = self.learning_rate
-        allowed = f"at most learning_rate, {rate:g}, which follows batch_size unless set"
-        self.require("min_learning_rate", self.min_learning_rate <= rate, allowed)
-        allowed = "at most 0.25 for muon, the angle of a step; 0.05 is usual"
-        self.require("learning_rate", self.optimizer != "muon" or rate <= 0.25, allowed)
+        rate, floor = self.learning_rate, self.min_learning_rate
+        self.require("warmup_epochs", self.warmup_epochs < self.epochs, "less than epochs")
+        self.require("min_learning_rate", floor <= rate, f"at most learning_rate, {rate:g}")
+        small = self.optimizer != "muon" or rate <= 0.25
+        self.require("learning_rate", small, "at most 0.25 for muon: it is the angle of a step")
         smallest = min([self.image_size, *(pixels for pixels, _ in self.view_sizes or [])])
         # Below 32 the last stage sees 1×1, of which torch 2.14.1 on a CPU computes no gradient in
         # bfloat16: that of a 3×3 convolution of stride 2 is uninitialised memory.

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from config import Config
-from evaluation.features import held_out_knn
+from evaluation.features import held_out_knn, sample_rank
 from images.augment import draw, random_views, shuffle
 from images.datasets import HostImages, Images, Probe, load_pretraining
 from models import SimCLR, nt_xent
@@ -71,9 +71,7 @@ def train_step(
 
 def train(cfg: Config, learner: Learner, images: Images, probe: Probe | None, run: Run) -> None:
     """Train for the epochs and steps that `run` has not counted; it logs, saves and may stop.
-
-    probe: labelled training images for the kNN accuracy on the way, or None.
-    """
+    `probe`: images for effective rank and kNN accuracy on the way."""
     n, steps = cfg.batch_size, len(images) // cfg.batch_size  # drops an incomplete last batch
     run_step = partial(train_step, cfg, learner)
     if learner.graphed:
@@ -91,13 +89,13 @@ def train(cfg: Config, learner: Learner, images: Images, probe: Probe | None, ru
             metrics = run_step(batch, to_device(noise, batch.device), size)
             run.log_step(metrics)  # and counts it
 
-        knn_acc, epoch = None, run.epoch + 1
+        knn_acc, rank, epoch = None, None, run.epoch + 1
         if probe is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
-            at_once = min(512, 2 * (cfg.micro_batch_size or n // distributed.world_size()))
-            knn_acc = held_out_knn(
-                learner.model.enc, probe, cfg, batch_size=at_once, check=run.check_signal
-            )
-        run.end_epoch(knn_acc)  # logs, saves, and counts the epoch
+            at_once = replace(cfg, batch_size=min(512, 2 * (cfg.micro_batch_size or n)))
+            rank = sample_rank(learner.model.enc, probe.sample, at_once)
+            if probe.labelled is not None:
+                knn_acc = held_out_knn(learner.model.enc, probe, at_once, run.check_signal)
+        run.end_epoch(knn_acc, rank)  # logs, saves, and counts the epoch
 
 
 def make_learner(cfg: Config, device: torch.device) -> Learner:
@@ -139,13 +137,14 @@ def pretrain(cfg: Config, run_dir: Path) -> dict[str, float | None]:
     device = select_device(cfg.device)
     with distributed.process_group(device), open_run(run_dir, cfg) as saved:  # or None
         distributed.check_ranks(cfg, device)
-        precision = cfg.precision
-        if saved is not None and precision == "auto":
-            precision = saved["config"]["precision"]
+        resumed = saved is not None and cfg.precision == "auto"
+        precision = saved["config"]["precision"] if resumed else cfg.precision
         cfg = replace(cfg, precision=select_precision(precision, device))
         images, fingerprint, probe = load_pretraining(cfg, device)
         learner = make_learner(cfg, device)
         run = Run(run_dir, cfg, learner, images=fingerprint, steps=len(images) // cfg.batch_size)
+        if probe is not None:
+            run.untrained_rank = sample_rank(learner.model.enc, probe.sample, cfg)
         run.start(saved)
         compiled = "not compiled" if learner.make_views is random_views else "compiled"
         used = f"{cfg.backbone}, recipe {cfg.recipe}, on {device} in {cfg.precision}, {compiled}"

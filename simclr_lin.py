@@ -66,8 +66,7 @@ def evaluate(
         "config": saved["config"],
         "evaluation_config": asdict(cfg),
     })  # fmt: skip
-    what = f"{checkpoint}, epoch {saved['epoch']}, {cfg.backbone} at {cfg.image_size} px"
-    log.info(f"{what}, on {len(train.labels):,} images of {cfg.dataset}, on {device}")
+    log.info(f"{checkpoint}, {cfg.backbone} at {cfg.image_size} px, {cfg.dataset}, on {device}")
 
     scored = defaultdict(list)
     for encoder, run in product(("checkpoint", *cfg.baselines), range(cfg.runs)):
@@ -119,7 +118,7 @@ def main(cfg: DictConfig) -> None:
     given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
     checkpoint = Path(checked.checkpoint or out_dir)
     alone = cfg.load_epoch is None or checkpoint.is_dir()
-    checked.require("load_epoch", alone, "null beside a checkpoint that is a file")
+    checked.require("load_epoch", alone, "null beside a file")
     backbone = cfg.backbone if checked.checkpoint is None or "backbone" in given else None
     checkpoint = find_checkpoint(checkpoint, backbone, cfg.load_epoch)
     with locked(out_dir, "simclr_lin"):

@@ -75,7 +75,7 @@ class StepRecorder(Recorder):
         events = self.profiler.key_averages()
         return sum(event.self_device_time_total for event in events) / 1e3 / self.profiled
 
-    def end_epoch(self, knn_acc: None) -> None:
+    def end_epoch(self, *measured: None) -> None:
         """Go on with the next epoch."""
         self.epoch += 1
 

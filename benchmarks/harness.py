@@ -128,7 +128,7 @@ class Recorder:
         self.metrics.append(torch.stack(list(metrics.values())))
         all_reduce_max(0)
 
-    def end_epoch(self, knn_acc: None) -> None:
+    def end_epoch(self, *measured: None) -> None:
         """Count the epoch and leave simclr.train."""
         self.epoch += 1
         raise EpochEnd

@@ -89,7 +89,8 @@ def accuracy_by_views(
         found = []
         for seed in range(seeds):
             run = replace(task, cfg=replace(cfg, seed=seed))
-            layer = fit_linear(run, views.roll(-seed * k, 0)[:k], index, sgd_settings(cfg)[0])
+            settings = sgd_settings(cfg, [0.1])  # one: nothing is chosen here
+            [layer] = fit_linear(run, views.roll(-seed * k, 0)[:k], index, settings)
             found.append(accuracy(layer(task.test_h), test.labels))
         means[f"accuracy_{k}_views"] = mean(found)
         spread = stdev(found) if len(found) > 1 else 0.0

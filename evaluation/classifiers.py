@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,10 @@ from images.augment import CROPS, draw, random_crop_flip, shuffle
 from images.datasets import Images, Split
 from system.device import autocast, to_device
 from system.errors import progress_bar
-from training.optim import cosine_learning_rate, make_optimizer, set_learning_rate
+from training.optim import cosine_learning_rate, make_optimizer
 
 Classifier = Callable[[Tensor], Tensor]  # (N, …) -> scores (N, C), larger is likelier
+Settings = list[dict[str, float]]  # of each classifier
 
 
 @dataclass
@@ -36,73 +37,85 @@ class Task:
     name: str  # for messages: encoder and seed
 
 
-def fit_linear(task: Task, views: Tensor, index: Tensor, settings: dict[str, float]) -> Classifier:
-    """Train a linear layer on features (K, M, D), cycling through the K views, one per epoch."""
+def fit_linear(task: Task, views: Tensor, index: Tensor, candidates: Settings) -> list[Classifier]:
+    """A linear layer for each candidate, trained on features (K, M, D), one of K views an epoch.
+
+    Their outputs are columns of one matrix product: five take little longer than one.
+    """
     torch.manual_seed(task.cfg.seed)  # initial weights
     layer = nn.Linear(views.shape[-1], len(task.train.classes)).to(views.device)
+    layers = nn.ModuleList(copy.deepcopy(layer) for _ in candidates)
 
-    def view(batch: Tensor, epoch: int, step: int) -> Tensor:
-        return views[epoch % len(views), batch].float()  # n×D
+    def scores(batch: Tensor, epoch: int, step: int) -> Tensor:
+        weight = torch.cat([layer.weight for layer in layers])  # of all candidates, (R·C, D)
+        bias = torch.cat([layer.bias for layer in layers])
+        return F.linear(views[epoch % len(views), batch].float(), weight, bias)  # n×R·C
 
-    train_classifier(layer, view, task, index, settings, precision="fp32")
-    return lambda h: layer(h.float()).detach()
+    train_classifiers(layers, scores, task, index, candidates)
+    return [lambda h, layer=layer: layer(h.float()).detach() for layer in layers]
 
 
-def fit_logistic(task: Task, index: Tensor, settings: dict[str, float]) -> Classifier:
+def fit_logistic(task: Task, index: Tensor, candidates: Settings) -> Iterator[Classifier]:
     """scikit-learn's logistic regression on standardised features: independent of our layer."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **settings))
-    model.fit(task.h[index].float().cpu().numpy(), task.train.labels[index].cpu().numpy())
-    return lambda h: torch.from_numpy(model.predict_proba(h.float().cpu().numpy())).to(h.device)
+    h, labels = task.h[index].float().cpu().numpy(), task.train.labels[index].cpu().numpy()
+    for settings in candidates:
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, **settings))
+        model.fit(h, labels)
+        score = model.predict_proba
+        yield lambda x, score=score: torch.from_numpy(score(x.float().cpu().numpy())).to(x.device)
 
 
-def fit_network(task: Task, index: Tensor, settings: dict[str, float]) -> Classifier:
+def fit_network(task: Task, index: Tensor, candidates: Settings) -> Iterator[Classifier]:
     """Fine-tuning (App. B.5): trains a layer and a copy of the encoder, on new crops each step."""
-    cfg, device = task.cfg, task.h.device
-    torch.manual_seed(cfg.seed)  # initial weights of the layer
-    layer = nn.Linear(task.h.shape[1], len(task.train.classes)).to(device)
-    model = nn.Sequential(copy.deepcopy(task.enc), layer).train().requires_grad_(True)
+    cfg = replace(task.cfg, precision=task.cfg.precision.replace("fp16", "fp32"))  # no scaler
 
-    def crops(batch: Tensor, epoch: int, step: int) -> Tensor:
-        u = to_device(draw(len(batch), cfg.seed, step, CROPS), device)
-        return random_crop_flip(task.train.images[batch], u, cfg.image_size, cfg)
+    def scores(batch: Tensor, epoch: int, step: int) -> Tensor:
+        u = to_device(draw(len(batch), cfg.seed, step, CROPS), task.h.device)
+        x = random_crop_flip(task.train.images[batch], u, cfg.image_size, cfg)  # in float32
+        with autocast(x.device, cfg.precision):
+            return model(x)
 
-    train_classifier(model, crops, task, index, settings, precision=cfg.precision)
-    model.eval()
-    return lambda images: clean_features(model, images, cfg).float()
+    for settings in candidates:
+        torch.manual_seed(cfg.seed)  # initial weights of the layer
+        layer = nn.Linear(task.h.shape[1], len(task.train.classes)).to(task.h.device)
+        model = nn.Sequential(copy.deepcopy(task.enc), layer).train().requires_grad_(True)
+        train_classifiers([model], scores, task, index, [settings])
+        model.eval()
+        yield lambda images, model=model: clean_features(model, images, cfg).float()
 
 
-def train_classifier(
-    model: nn.Module,
-    make_input: Callable[[Tensor, int, int], Tensor],
+def train_classifiers(
+    models: Iterable[nn.Module],
+    scores: Callable[[Tensor, int, int], Tensor],
     task: Task,
     index: Tensor,
-    settings: dict[str, float],
-    *,
-    precision: str,
+    candidates: Settings,
 ) -> None:
-    """SGD with a cosine schedule on the images of the index, by make_input(batch, epoch, step).
+    """Train R classifiers by SGD with a cosine schedule; scores(batch, epoch, step): (n, R·C).
 
-    The batches of an epoch are equal to within one image: a small last one would get the step of
-    a full one, and batch norm needs two images.
+    Batches, of the index, are equal to within one image: a small last one would get the step of a
+    full one, and batch norm needs two images.
     """
     cfg, labels, device = task.cfg, task.train.labels, task.h.device
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    sgd = replace(cfg, optimizer="sgd", weight_decay=settings["weight_decay"])
-    optimizer = make_optimizer(sgd, model.parameters(), fused=not scaler.is_enabled())
-    steps = max(1, min(math.ceil(len(index) / settings["batch_size"]), len(index) // 2))
-    total, peak = settings["epochs"] * steps, settings["learning_rate"]
+    groups = []
+    for model, settings in zip(models, candidates, strict=True):
+        rate, decay = settings["learning_rate"], settings["weight_decay"]
+        groups.append({"params": [*model.parameters()], "peak": rate, "weight_decay": decay})
+    optimizer = make_optimizer(replace(cfg, optimizer="sgd"), groups)
+    epochs, batch_size, rows = candidates[0]["epochs"], candidates[0]["batch_size"], len(candidates)
+    steps = max(1, min(math.ceil(len(index) / batch_size), len(index) // 2))
+    total = epochs * steps
     with progress_bar(total=total, desc="classifier", leave=False) as bar:
-        for epoch in range(settings["epochs"]):
+        for epoch in range(epochs):
             order = index[to_device(shuffle(len(index), cfg.seed, epoch), device)]
             for step, batch in enumerate(order.tensor_split(steps), epoch * steps):
-                learning_rate = cosine_learning_rate(step, total, peak, cfg.min_learning_rate)
-                set_learning_rate(optimizer, learning_rate)
-                x = make_input(batch, epoch, step)  # crops are float32 in every precision
-                with autocast(device, precision):
-                    scores = model(x)
-                loss = F.cross_entropy(scores.float(), labels[batch])
+                for group in optimizer.param_groups:
+                    peak, floor = group["peak"], min(cfg.min_learning_rate, group["peak"])
+                    group["lr"] = cosine_learning_rate(step, total, peak, floor)
+                output = scores(batch, epoch, step).float().view(len(batch) * rows, -1)
+                target = labels[batch].repeat_interleave(rows)
+                loss = rows * F.cross_entropy(output, target)  # the sum over the classifiers
                 optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+                loss.backward()
+                optimizer.step()
                 bar.update()

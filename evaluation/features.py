@@ -22,20 +22,23 @@ from system.errors import progress_bar
 
 log = logging.getLogger("simclr")
 
+CROP_KEYS = ("crop_scale", "flip_probability")  # of the run, unless the command line has them
 SIMILARITIES = 2**26  # computed at once: 256 MiB
 
 
 def open_checkpoint(
     cfg: Config, path: Path, given: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Any], Config]:
-    """A checkpoint's content, cfg with its architecture; ConfigError if `given` contradicts it."""
+    """A checkpoint, and cfg with its network and crops; ConfigError if `given` contradicts it."""
     saved = load_checkpoint(path)
     architecture = {key: saved["config"][key] for key in keys(Architecture)}
     for key in given & set(architecture):
-        trained = architecture[key]
-        cfg.require(key, getattr(cfg, key) == trained, f"{trained}, as in {path}; leave it out")
+        cfg.require(
+            key, getattr(cfg, key) == architecture[key], f"{architecture[key]}, as in {path}"
+        )
+    crops = {key: saved["config"][key] for key in {*CROP_KEYS} & {*saved["config"]} - given}
     precision = select_precision(cfg.precision, select_device(cfg.device))
-    return saved, replace(cfg, **architecture, precision=precision)
+    return saved, replace(cfg, **architecture, **crops, precision=precision)
 
 
 def is_finite(values: Tensor) -> bool:
@@ -47,17 +50,15 @@ def is_finite(values: Tensor) -> bool:
 def frozen(enc: nn.Module) -> Iterator[None]:
     """The encoder in eval mode without gradients; RuntimeError if its SHA-256 changes meanwhile."""
     enc.eval().requires_grad_(False)
-    before = _digest(enc)
+
+    def digest() -> str:
+        weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in enc.state_dict().values())
+        return hashlib.sha256(weights).hexdigest()
+
+    before = digest()
     yield
-    if _digest(enc) != before:
+    if digest() != before:
         raise RuntimeError("the frozen encoder has changed")
-
-
-def _digest(module: nn.Module) -> bytes:
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.digest()
 
 
 def build_encoder(saved: dict[str, Any], path: Path, encoder: str, seed: int) -> nn.Module:
@@ -89,7 +90,7 @@ def clean_features(
         check()
         return resize(x, cfg.image_size)
 
-    with progress_bar(iterable=batches, total=total, desc="features", leave=False) as bar:
+    with progress_bar(iterable=batches, total=total, desc="features", leave=False, delay=1) as bar:
         return extract_features(enc, map(prepare, bar), cfg.precision)
 
 
@@ -130,18 +131,32 @@ def knn_scores(
     return torch.cat(scores)
 
 
-def held_out_knn(
-    enc: nn.Module, probe: Probe, cfg: Config, *, batch_size: int, check: Callable[[], None]
-) -> float | None:
-    """kNN accuracy in [0, 1] of the probe's queries in its bank, of an encoder in train mode.
+def effective_rank(h: Tensor) -> float:
+    """RankMe of features h (N, D), from 1 to min(N, D) (Garrido et al. 2023, arXiv 2210.02885): the
+    exponential of the entropy of the singular values, which are divided by their sum."""
+    values = torch.linalg.svdvals(h.float().cpu())
+    return torch.special.entr(values / values.sum().clamp(min=1e-7)).sum().exp().item()
 
-    None, with a warning, if a feature is not finite, as in eval mode it may be.
-    """
-    split, bank, queries = probe
-    h = clean_features(enc.eval(), split.images, replace(cfg, batch_size=batch_size), check)
+
+def sample_rank(enc: nn.Module, images: Images, cfg: Config) -> float | None:
+    """Effective rank of the features of unaugmented images, of an encoder in train mode; None, with
+    a warning, if one is not finite, as in eval mode it may be."""
+    h = clean_features(enc.eval(), images, cfg)
     enc.train()
     if not is_finite(h):
-        log.warning("warning: no kNN: in eval mode the features are not finite")
+        log.warning("warning: no kNN, no rank: in eval mode the features are not finite")
+        return None
+    return effective_rank(h)
+
+
+def held_out_knn(
+    enc: nn.Module, probe: Probe, cfg: Config, check: Callable[[], None]
+) -> float | None:
+    """kNN accuracy in [0, 1] of the probe's queries in its bank, of an encoder in train mode."""
+    split, bank, queries = probe.labelled, probe.bank, probe.queries
+    h = clean_features(enc.eval(), split.images, cfg, check)
+    enc.train()
+    if not is_finite(h):
         return None
     scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
     return accuracy(scores, split.labels[queries])

@@ -43,9 +43,11 @@ def plot_curves(metrics: list[dict[str, Any]]) -> Figure:
         "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
         "learning_rate": ("Learning rate", "at the epoch's last step", 1),
         "knn_acc": ("kNN among training images", "accuracy in %", 100),
+        "effective_rank": ("Effective rank of h", "RankMe", 1),
+        "alignment": ("Alignment of z", "squared distance", 1),
     }
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
     for axis, (key, (title, unit, factor)) in zip(axes.flat, panels.items(), strict=True):
         shown = [(line["epoch"], line[key]) for line in metrics if line.get(key) is not None]
         epochs, values = np.array(shown).reshape(-1, 2).T

@@ -3,10 +3,10 @@
 Each protocol returns scores of the test images; it never gets their labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from images.datasets import Images, Split, hold_out, select_images
 from system.errors import UserError
 
 VALIDATION_FRACTION = 0.1  # of the labelled training images, to choose settings on
+LINEAR_RATES = [0.01, 0.03, 0.1, 0.3, 1.0]  # of SGD, for 256 images
 INVERSE_PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # logistic regression
+Fit: TypeAlias = Callable[[Tensor, list[dict[str, Any]]], Iterable[Classifier]]
 
 
 class Result(NamedTuple):
@@ -35,19 +37,14 @@ def vote(task: Task, **settings: float) -> Result:
     return Result(features.knn_scores(task.h, labels, task.test_h, classes, **settings), settings)
 
 
-def linear(task: Task) -> Result:
-    """Linear evaluation (Sec. 2.3): a linear layer on the features of random crops and flips."""
-    k = min(task.cfg.finetune_views, task.cfg.finetune_epochs)  # more would not be seen
-    candidates = sgd_settings(task.cfg, views=k)
-    views = features.crop_features(task.enc, task.train.images, task.cfg, k)
+def linear(task: Task, clean: bool = False) -> Result:
+    """Linear evaluation (Sec. 2.3): a linear layer on the features of random crops and flips, or of
+    the unaugmented training images if `clean`."""
+    views, k = task.h[None], min(task.cfg.finetune_views, task.cfg.finetune_epochs)  # all are seen
+    if not clean:
+        views = features.crop_features(task.enc, task.train.images, task.cfg, k)
+    candidates = sgd_settings(task.cfg, LINEAR_RATES, views=len(views))
     fit = partial(classifiers.fit_linear, task, views)
-    return fit_best(task, candidates, fit, inputs=task.h, test_inputs=task.test_h)
-
-
-def linear_clean(task: Task) -> Result:
-    """A linear layer on the features of the unaugmented training images."""
-    fit = partial(classifiers.fit_linear, task, task.h[None])  # one view
-    candidates = sgd_settings(task.cfg)
     return fit_best(task, candidates, fit, inputs=task.h, test_inputs=task.test_h)
 
 
@@ -59,7 +56,7 @@ def logistic(task: Task) -> Result:
 
 def finetune(task: Task) -> Result:
     """Fine-tuning, not a linear evaluation: a copy of the encoder is trained with the layer."""
-    fit, candidates = partial(classifiers.fit_network, task), sgd_settings(task.cfg)
+    fit, candidates = partial(classifiers.fit_network, task), sgd_settings(task.cfg, [0.1])
     images, test_images = task.train.images, task.test_images
     return fit_best(task, candidates, fit, inputs=images, test_inputs=test_images)
 
@@ -68,7 +65,7 @@ RUN: dict[str, Callable[[Task], Result]] = {
     "knn": partial(vote, k=10),
     "weighted_knn": partial(vote, k=200, temperature=0.07),  # Wu et al. 2018, Sec. 3.4
     "linear": linear,
-    "linear_clean": linear_clean,
+    "linear_clean": partial(linear, clean=True),
     "logistic": logistic,
     "finetune": finetune,
 }
@@ -96,8 +93,9 @@ def run_protocol(protocol: str, task: Task) -> Result:
 def check_finite(values: Tensor, what: str) -> None:
     """Raise UserError unless all values are finite."""
     if not features.is_finite(values):
-        remedy = "take precision=fp32, a lower finetune_learning_rate or another checkpoint"
-        raise UserError(f"not finite: {what}; {remedy}")
+        raise UserError(
+            f"not finite: {what}; take precision=fp32 or a lower finetune_learning_rate"
+        )
 
 
 def protocols_for(cfg: Config, encoder: str, first_run: bool) -> list[str]:
@@ -113,39 +111,38 @@ def protocols_for(cfg: Config, encoder: str, first_run: bool) -> list[str]:
     return names
 
 
-def sgd_settings(cfg: Config, **fixed: int) -> list[dict[str, Any]]:
-    """Candidates for SGD: each learning rate of the config with each weight decay, and `fixed`."""
-    rates, decays = as_list(cfg.finetune_learning_rate), as_list(cfg.finetune_weight_decay)
-    allowed = f"at most finetune_learning_rate, {min(rates):g}, which follows batch_size unless set"
-    cfg.require("min_learning_rate", cfg.min_learning_rate <= min(rates), allowed)
+def sgd_settings(cfg: Config, rates: list[float], **fixed: int) -> list[dict[str, Any]]:
+    """Each learning rate of the config, by default `rates` for 256 images, with each decay."""
+    if cfg.finetune_learning_rate is None:
+        rates = [rate * cfg.batch_size / 256 for rate in rates]
+    else:
+        rates = as_list(cfg.finetune_learning_rate)
+        allowed = f"at most finetune_learning_rate, {min(rates):g}"
+        cfg.require("min_learning_rate", cfg.min_learning_rate <= min(rates), allowed)
+    decays = as_list(cfg.finetune_weight_decay)
     fixed |= {"epochs": cfg.finetune_epochs, "batch_size": cfg.batch_size}
     return [{**fixed, "learning_rate": r, "weight_decay": d} for r, d in product(rates, decays)]
 
 
 def fit_best(
-    task: Task,
-    candidates: list[dict[str, Any]],
-    fit: Callable[[Tensor, dict[str, Any]], Classifier],
-    *,
-    inputs: Images,
-    test_inputs: Images,
+    task: Task, candidates: list[dict[str, Any]], fit: Fit, *, inputs: Images, test_inputs: Images
 ) -> Result:
     """The test scores of the classifier with the best of the candidate settings.
 
-    fit(index, settings) trains on these training images. Several candidates are fitted on nine
-    tenths and scored on the rest; the first of the best is fitted again on all. Divergence loses.
+    fit(index, candidates) trains one with each. Several are fitted on nine tenths and scored on the
+    rest; the first of the best is fitted again on all. Divergence loses.
     """
     labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
         rest, held_out = hold_out(labels, VALIDATION_FRACTION, task.cfg.seed)
-        tried, best = [], -1.0
-        for settings in candidates:
-            scores, reached = fit(rest, settings)(select_images(inputs, held_out)), None
+        tried, best, known = [], -1.0, select_images(inputs, held_out)
+        for settings, classify in zip(candidates, fit(rest, candidates), strict=True):
+            scores, reached = classify(known), None
             if features.is_finite(scores):
                 reached = features.accuracy(scores, labels[held_out])
             if reached is not None and reached > best:
                 chosen, best = settings, reached
             tried.append({**settings, "accuracy": reached})
         selection = {"chosen": chosen, "validation_images": len(held_out), "candidates": tried}
-    everything = torch.arange(len(labels), device=labels.device)
-    return Result(fit(everything, chosen)(test_inputs), chosen, selection)
+    [classify] = fit(torch.arange(len(labels), device=labels.device), [chosen])
+    return Result(classify(test_inputs), chosen, selection)

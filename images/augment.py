@@ -138,10 +138,7 @@ def resize_weights(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
 
 
 def random_color_jitter(x: Tensor, u: Tensor, hue_place: int, strength: float) -> Tensor:
-    """`color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s) for strength s, with probability 0.8 (App. A).
-
-    u: (8, N). Otherwise factors of 1 and a shift of 0 leave the image unchanged.
-    """
+    """`color_jitter` of (0.8s, 0.8s, 0.8s, 0.2s), with probability 0.8 (App. A); u: (8, N)."""
     span = 0.8 * strength
     low, high = max(0.0, 1 - span), 1 + span
     apply = u[0] < 0.8

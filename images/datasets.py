@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from config import Config
+from images.augment import shuffle
 from images.folder import decode_files, find_images, list_images
 from system.device import to_device
 from system.errors import UserError
@@ -37,7 +38,6 @@ class HostImages:
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         self.images, self.device = images, device
-        self.shape = images.shape
 
     def __len__(self) -> int:
         return len(self.images)
@@ -84,30 +84,30 @@ class Split(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """The data of kNN in pretraining."""
+    """What is measured on in pretraining."""
 
-    split: Split  # labelled training images
-    bank: Tensor  # indices of the images whose labels vote
-    queries: Tensor  # indices of the images that are classified
+    sample: Images  # at most 2,048 training images, for the effective rank
+    labelled: Split | None = None  # training images for kNN
+    bank: Tensor | None = None  # indices of those whose labels vote
+    queries: Tensor | None = None  # indices of those that are classified
 
 
 def load_pretraining(cfg: Config, device: torch.device) -> tuple[Images, str, Probe | None]:
-    """Training images for the device, their fingerprint (shape, SHA-256), a probe if labelled.
-
-    The probe's queries are the same stratified tenth in every run, in pretraining but not the bank.
-    """
+    """Training images for the device, their fingerprint (shape, SHA-256), and a probe, the same in
+    every run: its queries, a stratified tenth, are held out of the bank, not of pretraining."""
     split = load_split(cfg, "pretrain")
     allowed = f"at most {len(split.images)}, the number of training images"
     cfg.require("batch_size", cfg.batch_size <= len(split.images), allowed)
     digest = hashlib.sha256(split.images.contiguous().numpy()).hexdigest()  # a second for 1 GB
     fingerprint = f"{tuple(split.images.shape)} {digest}"
-    split, probe = split.to(device), None
-    if cfg.knn_interval > 0 and len(split.classes) < 2:
-        log.info("no kNN: there are not two classes of labelled images")
-    elif cfg.knn_interval > 0:
+    split = split.to(device)
+    if cfg.knn_interval == 0:
+        return split.images, fingerprint, None
+    probe = Probe(select_images(split.images, shuffle(len(split.images), seed=0, epoch=0)[:2048]))
+    if len(split.classes) > 1:
         unlabelled = split.labels.min() < 0  # STL-10
         labelled = load_split(cfg, "train").to(device) if unlabelled else split
-        probe = Probe(labelled, *hold_out(labelled.labels, 0.1, seed=0))
+        probe = Probe(probe.sample, labelled, *hold_out(labelled.labels, 0.1, seed=0))
     return split.images, fingerprint, probe
 
 
@@ -154,8 +154,7 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     held_out = draw_stratified(labels, fraction, seed)
     held_out = held_out[labels.bincount()[labels[held_out]] > 1]
     if len(held_out) == 0:
-        remedy = "knn_interval=0 needs none, nor does one setting of finetune_*, without logistic"
-        raise UserError(f"no class has two labelled images, to hold one out: {remedy}")
+        raise UserError("no class has two labelled images, to hold one out for kNN or a choice")
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[held_out] = False
     return rest.nonzero()[:, 0], held_out

@@ -46,8 +46,7 @@ def find_images(folder: Path) -> list[Path]:
     """`list_images`, with a log of how many are left out. Raises UserError if there is none."""
     images, left_out = list_images(folder)
     if left_out > 0:
-        reason = "hidden, @…, #…, __…, no image by the extension, or links to folders"
-        log.info(f"left out of {folder}: {left_out:,} files or folders ({reason})")
+        log.info(f"left out of {folder}: {left_out:,} files or folders (hidden, @…, no images, …)")
     if not images:
         raise UserError(f"{folder} has no image")
     return images

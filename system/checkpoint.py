@@ -141,6 +141,4 @@ def find_checkpoint(path: Path, backbone: str | None = None, epoch: int | None =
     if len(names) == 1:
         return path / checkpoint_name(names.pop(), max(number for _, number in found))
     reason = "checkpoints of several backbones" if found else "no such checkpoint"
-    there = ", ".join(sorted(file.name for file in path.glob("*.pt"))[-5:]) or "no .pt file"
-    remedy = "simclr.py writes them, or give the path of one"
-    raise UserError(f"{reason} in {path}, which has {there}: {remedy}")
+    raise UserError(f"{reason} in {path}: simclr.py writes them, or give the path of one")

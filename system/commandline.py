@@ -136,15 +136,12 @@ def check_sweep(hydra: DictConfig) -> None:
 
     A sweep over labels evaluates one run: in its directory, unless that of the sweep has one.
     """
-    params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
+    overrides = OverridesParser.create().parse_overrides(hydra.overrides.task)
     swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
     unnamed = [key for key in swept if key != "labels" and directory_name([key]) == ""]
-    fixed = "${" not in OmegaConf.to_container(hydra.sweep)["subdir"]
-    if unnamed or (swept and fixed):
+    if unnamed or (swept and "${" not in OmegaConf.to_container(hydra.sweep)["subdir"]):
         key = [*unnamed, "hydra.sweep.subdir"][0]
-        reason = "the jobs of this sweep would overwrite each other's results"
-        raise ConfigError(f"{key}: {reason}; start one command for each value")
+        raise ConfigError(f"{key}: the jobs of this sweep would overwrite each other's results")
     name = directory_name([text for text in hydra.overrides.task if _key(text) not in swept])
     one_run = swept == ["labels"] or (not swept and name == "")
     if one_run and not any(Path(hydra.sweep.dir, name).glob("simclr_*.pt")):

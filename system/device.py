@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as functorch
 
-from config import DEVICES, ConfigError
+from config import ConfigError
 
 log = logging.getLogger("simclr")
 
@@ -23,17 +23,12 @@ def select_device(name: str) -> torch.device:
     """The device called `name`; `auto`, the first of cuda, mps, cpu that works, warns of a GPU that
     torch cannot use. Raises ConfigError for a device that this machine does not have."""
     problem = find_cuda_problem() if name in ("auto", "cuda") else None
-    usable = {
-        "cuda": problem is None and torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    names = [device for device in DEVICES if usable.get(device)]
+    names = ["cuda"] if problem is None and torch.cuda.is_available() else []
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    names += ["cpu"]
     if name not in ("auto", *names):
         allowed = f"one that this machine has, {', '.join(names)}, or auto"
         raise ConfigError(f"device={name}: must be {allowed} ({problem or 'no such device'})")
-    if name == "auto" and problem and "LOCAL_RANK" in os.environ:  # the ranks must not differ
-        raise ConfigError(f"device=auto: {problem}")
     if name == "auto" and problem:
         log.warning(f"warning: runs on {names[0]}, since torch cannot use the GPU: {problem}")
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static
@@ -43,7 +38,7 @@ def select_device(name: str) -> torch.device:
 
 def find_cuda_problem() -> str | None:
     """Why torch cannot compute on the GPU of this machine; None if it can, or there is none."""
-    remedy = "install the torch build that fits GPU and driver (pytorch.org), or take device=cpu"
+    problem = None
     with warnings.catch_warnings(record=True) as caught:  # of a driver that is too old
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
@@ -55,12 +50,13 @@ def find_cuda_problem() -> str | None:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:
-            return f"{gpu}: {str(error).splitlines()[0]}; {remedy}"
+            problem = f"{gpu}: {str(error).splitlines()[0]}"
     elif caught:
-        return f"{' '.join(str(caught[0].message).split())[:300]}; {remedy}"
+        problem = " ".join(str(caught[0].message).split())[:300]
     elif os.path.exists("/proc/driver/nvidia/version") and torch.version.cuda is None:
-        return f"this torch, {torch.__version__}, is built without CUDA; {remedy}"
-    return None
+        problem = f"this torch, {torch.__version__}, is built without CUDA"
+    remedy = "install the torch build that fits GPU and driver (pytorch.org), or take device=cpu"
+    return problem and f"{problem}; {remedy}"
 
 
 def select_precision(name: str, device: torch.device) -> str:

@@ -40,8 +40,7 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = f"({error.strerror}): it takes {len(content) / 1e6:,.1f} MB"
-        raise UserError(f"{path} could not be written {reason}") from None
+        raise UserError(f"{path} could not be written ({error.strerror})") from None
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

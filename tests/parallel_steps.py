@@ -58,7 +58,7 @@ class Recorder:
             }
         )
 
-    def end_epoch(self, knn_acc: None) -> None:
+    def end_epoch(self, *measured: None) -> None:
         self.epoch += 1
 
 

@@ -54,18 +54,14 @@ def test_the_newest_epoch_is_the_largest_number_of_the_backbone(saved):
     assert find_checkpoint(saved) == saved / "simclr_resnet18_epoch10.pt"
 
 
-def test_a_missing_checkpoint_is_an_error_that_lists_those_there_are(saved):
+def test_a_missing_checkpoint_is_an_error(saved):
     for backbone, epoch, reason in (
         ("resnet18", 7, "no such checkpoint"),
         ("resnet50", None, "no such checkpoint"),
         (None, None, "checkpoints of several backbones"),
     ):
-        with pytest.raises(UserError, match=f"^{reason} in {saved}, which has ") as error:
+        with pytest.raises(UserError, match=f"^{reason} in {saved}: simclr.py writes them"):
             find_checkpoint(saved, backbone, epoch)
-        assert all(path.name in str(error.value) for path in saved.iterdir())
-    (saved / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty, which has no \.pt file"):
-        find_checkpoint(saved / "empty")
     assert find_checkpoint(saved / "a file") == saved / "a file"
     with pytest.raises(UserError, match=r"there is no file .*a file"):
         load_checkpoint(saved / "a file")

@@ -1,5 +1,7 @@
 """The frozen encoder, its features, kNN against scikit-learn's."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from evaluation.features import (
     accuracy,
     clean_features,
     crop_features,
+    effective_rank,
     extract_features,
     frozen,
     held_out_knn,
     knn_scores,
+    sample_rank,
 )
 from images.datasets import Probe, Split, load_split, resize
 from models import SimCLR
@@ -121,17 +125,17 @@ def test_accuracy_is_of_the_first_largest_score():
 
 def probe_of(images):
     split = Split(images, torch.arange(len(images)) % 3, ["a", "b", "c"])
-    return Probe(split, torch.arange(9), torch.arange(9, len(images)))
+    return Probe(images, split, torch.arange(9), torch.arange(9, len(images)))
 
 
 def test_knn_in_training_leaves_the_encoder_in_its_mode_and_its_statistics_alone(toy):
     enc, probe, checks = encoder().train(), probe_of(noise(12)), []
     before = {name: tensor.clone() for name, tensor in enc.state_dict().items()}
-    cfg = toy("precision=fp32")
-    found = held_out_knn(enc, probe, cfg, batch_size=5, check=lambda: checks.append(enc.training))
+    cfg = toy("precision=fp32", "batch_size=5")
+    found = held_out_knn(enc, probe, cfg, lambda: checks.append(enc.training))
     assert enc.training and checks == [False] * 3  # before each batch
     assert all(torch.equal(before[name], tensor) for name, tensor in enc.state_dict().items())
-    h, labels = enc.eval()(probe.split.images / 255), probe.split.labels
+    h, labels = enc.eval()(probe.sample / 255), probe.labelled.labels
     assert found == accuracy(knn_scores(h[:9], labels[:9], h[9:], 3), labels[9:])
 
 
@@ -139,5 +143,19 @@ def test_features_that_are_not_finite_leave_knn_out_of_pretraining(toy, caplog):
     enc = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).train()
     torch.nn.init.constant_(enc[1].bias, torch.inf)
     probe = probe_of(noise(12))
-    assert held_out_knn(enc, probe, toy("precision=fp32"), batch_size=5, check=bool) is None
-    assert enc.training and "no kNN: in eval mode the features are not finite" in caplog.text
+    assert held_out_knn(enc, probe, toy("precision=fp32"), bool) is None
+    assert sample_rank(enc, probe.sample, toy("precision=fp32")) is None
+    assert enc.training and "no kNN, no rank: in eval mode the features are not" in caplog.text
+
+
+def test_the_effective_rank_is_the_exponential_of_an_entropy_and_falls_in_a_collapse():
+    """Directly, from the eigenvalues of hᵀh; k equal singular values have rank k."""
+    h = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h *= torch.arange(1, 9)
+    values = torch.linalg.eigvalsh(h.T @ h).sqrt()
+    p = (values / values.sum()).tolist()
+    assert effective_rank(h) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-5)
+    assert effective_rank(5 * torch.eye(9, 6)) == pytest.approx(6)
+    assert effective_rank(torch.eye(9, 6).bfloat16()[:, :3]) == pytest.approx(3)
+    one, noise = torch.ones(60, 8), 1e-3 * h.float()
+    assert effective_rank(one + noise) < 1.1 and effective_rank(torch.zeros(5, 3)) == 1

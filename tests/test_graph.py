@@ -64,7 +64,7 @@ class Recorder:
     def log_step(self, metrics: dict[str, Tensor]) -> None:
         self.metrics.append(torch.stack(list(metrics.values())))
 
-    def end_epoch(self, knn_acc: None) -> None:
+    def end_epoch(self, *measured: None) -> None:
         self.epoch += 1
 
 

@@ -78,10 +78,13 @@ def test_collapsed_is_a_small_spread_with_the_accuracy_of_chance_and_is_said_onc
 
 
 def test_the_last_line_names_loss_and_accuracy_of_a_collapsed_encoder(config):
-    line = {"epoch": 9, "loss": 5.1787, "contrastive_accuracy": 0.866, "knn_acc": None}
-    assert summary(line, config("batch_size=512")) == (
-        "epoch 9: loss 5.1787 (collapsed: 6.9305), contrastive accuracy 86.6% (collapsed: 0.1%)"
-    )
+    line = {"epoch": 9, "loss": 5.1787, "contrastive_accuracy": 0.866}
+    text = "epoch 9: loss 5.1787 (collapsed: 6.9305), contrastive accuracy 86.6% (collapsed: 0.1%)"
+    cfg, none = config("batch_size=512"), {"knn_acc": None, "effective_rank": None}
+    assert summary({**line, **none}, cfg, None) == summary({**line, **none}, cfg, 3.2) == text
+    measured = {**line, "knn_acc": 0.5, "effective_rank": 20.04}
+    text += ", kNN 50.0% (training images), effective rank 20.0 (untrained: 3.2)"
+    assert summary(measured, cfg, 3.2) == text
     z = torch.ones(2, 512, 8)  # log(2N - 1), as the loss itself gives
     assert f"{nt_xent(*z)[0].item():.4f}" == "6.9305"
 

@@ -192,9 +192,11 @@ def lines_of(axis):
 
 def test_curves_show_the_metrics():
     lines = [{"epoch": e, "loss": 5 - e, "contrastive_accuracy": e / 10, "learning_rate": 0.1,
-              "knn_acc": e / 20 if e == 2 else None} for e in (1, 2)]  # fmt: skip
+              "knn_acc": e / 20 if e == 2 else None, "effective_rank": 3 * e, "alignment": e / 2}
+             for e in (1, 2)]  # fmt: skip
     figure = figures.plot_curves(lines)
-    shown = [([1, 2], [4, 3]), ([1, 2], [10, 20]), ([1, 2], [0.1, 0.1]), ([2], [10])]
+    shown = [([1, 2], [4, 3]), ([1, 2], [10, 20]), ([1, 2], [0.1, 0.1]), ([2], [10]),
+             ([1, 2], [3, 6]), ([1, 2], [0.5, 1])]  # fmt: skip
     assert [lines_of(axis) for axis in figure.axes] == [[line] for line in shown]
     assert all(axis.get_title() and axis.get_ylabel() for axis in figure.axes)
     figure = figures.plot_curves([{**line, "knn_acc": None} for line in lines])

@@ -306,7 +306,7 @@ def test_an_epoch_waits_for_no_value_of_a_step(thin, device, toy, tmp_path, monk
     learner = simclr.make_learner(cfg, device)
     images = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8).to(device)
     run = Run(tmp_path, cfg, learner, images="", steps=4)  # one more than there are
-    monkeypatch.setattr(run, "end_epoch", lambda knn_acc: run.history.append({}))
+    monkeypatch.setattr(run, "end_epoch", lambda *_: run.history.append({}))
     clock = SimpleNamespace(perf_counter=lambda: 0.0, monotonic=lambda: 0.0)
     monkeypatch.setattr(training.run, "time", clock)
     with run.stop:

@@ -41,7 +41,8 @@ def evaluate(toy, checkpoint):
     """evaluate("seed=1", …): the results of the toy checkpoint, written to its directory."""
 
     def run(*overrides):
-        return simclr_lin.evaluate(toy(*overrides), checkpoint, checkpoint.parent)
+        given = frozenset(override.split("=")[0] for override in overrides)
+        return simclr_lin.evaluate(toy(*overrides), checkpoint, checkpoint.parent, given)
 
     return run
 
@@ -50,7 +51,7 @@ def evaluate(toy, checkpoint):
 def spy(monkeypatch):
     """The encoders of an evaluation, each of their calls, and the trained models."""
     seen = {"encoders": [], "calls": [], "trained": []}
-    build, train = simclr_lin.build_encoder, classifiers.train_classifier
+    build, train = simclr_lin.build_encoder, classifiers.train_classifiers
 
     def record_call(enc, inputs, output):
         n, *_, side = inputs[0].shape
@@ -62,12 +63,13 @@ def spy(monkeypatch):
         enc.register_forward_hook(record_call)
         return enc
 
-    def train_and_record(model, make_input, task, index, settings, **options):
-        train(model, make_input, task, index, settings, **options)
-        seen["trained"].append((model, index.tolist(), settings))
+    def train_and_record(models, scores, task, index, candidates):
+        train(models, scores, task, index, candidates)
+        pairs = zip(models, candidates, strict=True)
+        seen["trained"] += [(model, index.tolist(), settings) for model, settings in pairs]
 
     monkeypatch.setattr(simclr_lin, "build_encoder", build_and_record)
-    monkeypatch.setattr(classifiers, "train_classifier", train_and_record)
+    monkeypatch.setattr(classifiers, "train_classifiers", train_and_record)
     return seen
 
 
@@ -309,16 +311,16 @@ def test_the_layer_sees_each_image_once_an_epoch_and_cycles_through_the_views(
     evaluate, monkeypatch
 ):
     """Features that tell the view, 0 to 2, and the image, 0 to 23; three classes come out."""
-    inputs, forward = [], torch.nn.Linear.forward
+    inputs, forward = [], torch.nn.functional.linear
 
-    def record(self, h):
+    def record(h, weight, bias):
         inputs.append(h)
-        assert self.out_features == 3
-        return forward(self, h)
+        assert len(weight) == 3
+        return forward(h, weight, bias)
 
     view, image = torch.meshgrid(torch.arange(3.0), torch.arange(24.0), indexing="ij")
     numbered = torch.stack([view, image], dim=-1)
-    monkeypatch.setattr(torch.nn.Linear, "forward", record)
+    monkeypatch.setattr(torch.nn.functional, "linear", record)
     monkeypatch.setattr(features, "crop_features", lambda *args: numbered)
     monkeypatch.setattr(features, "clean_features", lambda enc, x, *args: torch.ones(len(x), 2))
     evaluate("protocols=[linear]", "batch_size=7", "finetune_views=3", "finetune_epochs=5")
@@ -432,13 +434,14 @@ def test_candidates_are_scored_on_the_held_out_images_alone(toy):
     """By their inputs and labels. One that diverges loses to one that is always wrong."""
     task, scored = small_task(toy("seed=5")), []
 
-    def fit(index, settings):
-        def classifier(h):
-            scored.append((settings["c"], len(index), h.flatten().tolist()))
-            right = torch.nn.functional.one_hot((h.flatten() + 1) % 3, 3)  # always wrong
-            return right * settings["c"]
+    def fit(index, candidates):
+        for c in (settings["c"] for settings in candidates):
 
-        return classifier
+            def classifier(h, c=c):
+                scored.append((c, len(index), h.flatten().tolist()))
+                return c * torch.nn.functional.one_hot((h.flatten() + 1) % 3, 3)  # always wrong
+
+            yield classifier
 
     held_out = hold_out(task.train.labels, 0.1, 5)[1].tolist()
     candidates = [{"c": math.nan}, {"c": 1.0}]
@@ -546,13 +549,48 @@ def test_no_batch_of_fine_tuning_has_one_image(evaluate, spy):
     assert sorted({n for training, *_, n in spy["calls"] if training}) == [2, 3]
 
 
-def test_fine_tuning_in_float16_is_scaled(evaluate, monkeypatch):
-    scalers, make = [], torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda *a, **kw: scalers.append(make(*a, **kw)) or scalers[-1]
-    )
-    evaluate("protocols=[finetune,linear]", "precision=fp16")
-    assert [scaler.is_enabled() for scaler in scalers] == [True, False]
+def test_fine_tuning_in_float16_is_computed_in_float32(evaluate, monkeypatch):
+    """So that it needs no gradient scaler."""
+    seen, autocast = set(), classifiers.autocast
+    monkeypatch.setattr(classifiers, "autocast", lambda d, p: seen.add(p) or autocast(d, p))
+    evaluate("protocols=[finetune]", "precision=fp16")
+    assert seen == {"fp32"}
+
+
+def test_crops_are_those_of_the_checkpoint_unless_the_command_line_has_others(thin, toy, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    simclr.pretrain(toy("epochs=1", "crop_scale=[0.3,0.9]", "flip_probability=0"), run)
+    for given, crops in (((), ([0.3, 0.9], 0)), (["crop_scale"], ([0.08, 1.0], 0))):
+        cfg = toy("protocols=[knn]")
+        results = simclr_lin.evaluate(cfg, run / "simclr_resnet18_epoch1.pt", run, {*given})
+        used = results["evaluation_config"]
+        assert (used["crop_scale"], used["flip_probability"]) == crops
+
+
+def test_layers_that_are_trained_at_once_are_those_of_each_rate_alone(toy, plain_colors):
+    torch.manual_seed(0)
+    views, labels = torch.randn(2, 30, 4), torch.arange(30) % 3
+    train = Split(torch.zeros(30, 3, 8, 8), labels, ["a", "b", "c"])
+    cfg = toy("finetune_epochs=5", "batch_size=7", "finetune_learning_rate=null")
+    task = classifiers.Task(cfg, None, train, None, h=views[0], test_h=views[0], name="")
+    candidates = protocols.sgd_settings(cfg, [0.1, 3.0])
+    assert [settings["learning_rate"] for settings in candidates] == [0.1 * 7 / 256, 3 * 7 / 256]
+    candidates = [{**candidates[0], "learning_rate": 1e30}, *candidates]  # one that diverges
+    index = torch.arange(3, 30)
+    together = classifiers.fit_linear(task, views, index, candidates)
+    for classify, settings in zip(together[1:], candidates[1:], strict=True):
+        [alone] = classifiers.fit_linear(task, views, index, [settings])
+        torch.testing.assert_close(classify(views[0]), alone(views[0]))
+    assert not torch.allclose(together[1](views[0]), together[2](views[0]), rtol=0.1)
+
+
+def test_linear_layers_choose_their_rate_by_default_and_finetune_has_one(evaluate):
+    results = evaluate("finetune_learning_rate=null", "protocols=[linear,linear_clean,finetune]")
+    tried = [len(row["selections"][0]["candidates"]) if row["selections"] else 0
+             for row in results["protocols"]]  # fmt: skip
+    assert tried == [len(protocols.LINEAR_RATES)] * 2 + [0]
+    assert results["protocols"][2]["settings"]["learning_rate"] == 0.1 * 8 / 256
 
 
 def test_architecture_and_size_come_from_the_checkpoint(thin, toy, spy, tmp_path):
@@ -565,7 +603,7 @@ def test_architecture_and_size_come_from_the_checkpoint(thin, toy, spy, tmp_path
     assert spy["encoders"][0].conv1.kernel_size == (7, 7)
     assert {side for _, _, side, _ in spy["calls"]} == {32}
     assert results["evaluation_config"]["image_size"] == 32
-    with pytest.raises(ConfigError, match=r"image_size=8: must be 32, as in .*leave it out"):
+    with pytest.raises(ConfigError, match=r"image_size=8: must be 32, as in "):
         simclr_lin.evaluate(cfg, file, run, frozenset({"image_size", "seed"}))
 
 
@@ -629,17 +667,17 @@ def test_the_command_finds_the_checkpoint(lin, call, tmp_path):
     for where in ("hydra.run.dir=run", "checkpoint=run", f"checkpoint=run/{FILE}"):
         code, error = lin(where, "hydra.run.dir=run")
         assert code == 0, error
-    assert f"run/{FILE}, epoch 2, resnet18 at 8 px, on 24 images" in call.stdout
+    assert f"run/{FILE}, resnet18 at 8 px, folder, on cpu" in call.stdout
     assert "| checkpoint | knn " in (tmp_path / "run" / "simclr_lin.log").read_text()
     for code, override, reason in (
-        (2, "load_epoch=2", "load_epoch=2: must be null beside a checkpoint that is a file"),
+        (2, "load_epoch=2", "load_epoch=2: must be null beside a file"),
         (2, "image_size=16", f"image_size=16: must be 8, as in run/{FILE}"),
         (1, "checkpoint=gone.pt", "there is no file gone.pt"),
     ):
         found, error = lin(f"checkpoint=run/{FILE}", "hydra.run.dir=out", override)
         assert found == code and reason in error and error.count("\n") == 1, error
     assert lin("hydra.run.dir=run", "load_epoch=2")[0] == 0
-    assert f"in run, which has {FILE}" in lin("hydra.run.dir=run", "load_epoch=9")[1]
+    assert "no such checkpoint in run" in lin("hydra.run.dir=run", "load_epoch=9")[1]
 
 
 def test_a_second_process_is_refused(lin, tmp_path):

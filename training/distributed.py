@@ -39,12 +39,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{str(error).splitlines()[0]}: start the ranks with torchrun") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    dist.init_process_group(backend, timeout=TIMEOUT)
     if rank() != 0:
         logging.disable(logging.CRITICAL)
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

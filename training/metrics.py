@@ -36,10 +36,8 @@ def uniformity(z: Tensor) -> Tensor:
 
 
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation of normalised embeddings, the mean over dimensions; z: (N, d). Detached.
-
-    1/√d where they are spread evenly, 0 where all are the same (Chen & He 2021, SimSiam, Fig. 2).
-    """
+    """Standard deviation of normalised z (N, d), the mean over dimensions: 1/√d where they spread
+    evenly, 0 where all are the same (Chen & He 2021, SimSiam, Fig. 2). Detached."""
     return F.normalize(z.detach().float(), dim=1).std(dim=0).mean()
 
 
@@ -54,12 +52,11 @@ def warn_of_collapse(history: list[dict[str, float | None]], cfg: Config) -> Non
 
 def is_collapsed(line: dict[str, float | None], cfg: Config) -> bool:
     """Whether the spread is below a tenth of the largest, and accuracy at most twice chance."""
-    chance = 1 / (2 * cfg.batch_size - 1)
     narrow = line["z_std"] < 0.1 / math.sqrt(cfg.projection_dim)
-    return narrow and line["contrastive_accuracy"] <= 2 * chance
+    return narrow and line["contrastive_accuracy"] <= 2 / (2 * cfg.batch_size - 1)
 
 
-def summary(line: dict[str, float | None], cfg: Config) -> str:
+def summary(line: dict[str, float | None], cfg: Config, untrained_rank: float | None) -> str:
     """An epoch in words: loss and contrastive accuracy beside those of a collapsed encoder."""
     others = 2 * cfg.batch_size - 1
     text = (
@@ -68,6 +65,8 @@ def summary(line: dict[str, float | None], cfg: Config) -> str:
     )
     if line["knn_acc"] is not None:
         text += f", kNN {line['knn_acc']:.1%} (training images)"
+    if None not in (line["effective_rank"], untrained_rank):
+        text += f", effective rank {line['effective_rank']:.1f} (untrained: {untrained_rank:.1f})"
     return text
 
 

@@ -24,8 +24,6 @@ from training.state import START_OVER, Learner, find_state
 
 log = logging.getLogger("simclr")
 
-METRICS = "metrics.jsonl"
-
 
 @contextmanager
 def open_run(run_dir: Path, cfg: Config) -> Iterator[dict[str, Any] | None]:
@@ -53,6 +51,7 @@ class Run:
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.unwritten: dict[str, str] = {}  # what was not written, and why
         self.board, self.stop = diagnostics.TensorBoard(run_dir), StopSignals()
+        self.untrained_rank: float | None = None
         self.tensors = [*learner.model.parameters(), *learner.model.buffers()]
 
     @property
@@ -82,7 +81,7 @@ class Run:
             self.save()
         self.check_written()  # before config.yaml: without a state it would be refused
         if rank() == 0:
-            write_file(self.run_dir / METRICS, diagnostics.to_lines(self.history))
+            write_file(self.run_dir / "metrics.jsonl", diagnostics.to_lines(self.history))
             write_file(self.run_dir / "config.yaml", OmegaConf.to_yaml(asdict(self.cfg)).encode())
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -94,7 +93,7 @@ class Run:
         line = f"{self.run_dir}: {self.epoch} epochs and {self.steps_done} steps are done"
         if self.epoch == self.cfg.epochs:
             line = f"{self.run_dir} holds this run, complete; resume=false starts over"
-            if not self._checkpoint().exists():
+            if not self._checkpoint().exists():  # its save may have failed
                 self._save_checkpoint()
         log.info(line)
 
@@ -124,7 +123,8 @@ class Run:
                 elif not again and self.step != self.saved_step:
                     self.save()
         self.check_written()
-        log.info(f"{diagnostics.summary(self.history[-1], self.cfg)}; saved {self._checkpoint()}")
+        line = diagnostics.summary(self.history[-1], self.cfg, self.untrained_rank)
+        log.info(f"{line}; saved {self._checkpoint()}")
 
     def _position(self) -> tuple[int, int]:
         """Steps, and torch's count of writes to weights and statistics: these change together."""
@@ -169,7 +169,7 @@ class Run:
         where = f" in epoch {self.epoch + 1} after {self.steps_done} of {self.steps} steps; {ended}"
         self.stop.act(number, where)
 
-    def end_epoch(self, knn_acc: float | None) -> None:
+    def end_epoch(self, knn_acc: float | None, effective_rank: float | None) -> None:
         """Complete the epoch and write what is due: metrics, weights, training state."""
         learning_rate, size = schedule(self.cfg, self.step - 1, self.total_steps)
         line = {
@@ -177,6 +177,7 @@ class Run:
             "step": self.step,
             **diagnostics.epoch_means(self.step_metrics),
             "knn_acc": knn_acc,
+            "effective_rank": effective_rank,
             "learning_rate": learning_rate,  # of the last step, as the view size
             "view_size": size,
             "views_per_second": 2 * self.cfg.batch_size * self.steps / self.seconds,
@@ -189,7 +190,8 @@ class Run:
             self.bar.set_description(f"kNN {knn_acc:.1%}")
         last = self.epoch == self.cfg.epochs
         if rank() == 0:
-            self._write("metrics", self.run_dir / METRICS, diagnostics.to_lines(self.history))
+            metrics = diagnostics.to_lines(self.history)
+            self._write("metrics", self.run_dir / "metrics.jsonl", metrics)
             self.board.write(line)
         if last or self.epoch % self.cfg.log_interval == 0:
             self._save_checkpoint()
