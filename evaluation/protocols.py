@@ -17,7 +17,6 @@ from evaluation.classifiers import Classifier, Task
 from images.datasets import Images, Split, hold_out, select_images
 from system.errors import UserError
 
-VALIDATION_FRACTION = 0.1  # of the labelled training images, to choose settings on
 LINEAR_RATES = [0.01, 0.03, 0.1, 0.3, 1.0]  # of SGD, for 256 images
 INVERSE_PENALTIES = [{"C": c} for c in (1e-4, 1e-3, 1e-2, 0.1, 1.0)]  # logistic regression
 Fit: TypeAlias = Callable[[Tensor, list[dict[str, Any]]], Iterable[Classifier]]
@@ -43,7 +42,8 @@ def linear(task: Task, clean: bool = False) -> Result:
     views, k = task.h[None], min(task.cfg.finetune_views, task.cfg.finetune_epochs)  # all are seen
     if not clean:
         views = features.crop_features(task.enc, task.train.images, task.cfg, k)
-    candidates = sgd_settings(task.cfg, LINEAR_RATES, views=len(views))
+    several = task.train.labels.bincount().max() > 1  # else none can be held out to choose on
+    candidates = sgd_settings(task.cfg, LINEAR_RATES if several else [0.1], views=len(views))
     fit = partial(classifiers.fit_linear, task, views)
     return fit_best(task, candidates, fit, inputs=task.h, test_inputs=task.test_h)
 
@@ -134,7 +134,7 @@ def fit_best(
     """
     labels, chosen, selection = task.train.labels, candidates[0], None
     if len(candidates) > 1:
-        rest, held_out = hold_out(labels, VALIDATION_FRACTION, task.cfg.seed)
+        rest, held_out = hold_out(labels, 0.1, task.cfg.seed)
         tried, best, known = [], -1.0, select_images(inputs, held_out)
         for settings, classify in zip(candidates, fit(rest, candidates), strict=True):
             scores, reached = classify(known), None

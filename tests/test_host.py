@@ -4,6 +4,7 @@ Without a GPU the copies are those of a CPU to itself; tests that ask for `gpu` 
 """
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_a_run_from_host_memory_is_the_same_run_bit_for_bit(thin, toy, tmp_path,
     host_weights, host_metrics = run("host")
     assert host_metrics == metrics and list(host_weights) == list(weights)
     assert [key for key in weights if host_weights[key] != weights[key]] == []
-    assert sizes == [8, 8, 8, 16, 8] * 2  # the steps of an epoch, then the batches of its kNN
+    # The untrained rank; then the steps of an epoch, its rank and its kNN.
+    assert sizes == [8, 8, 8] + [8, 8, 8, 16, 8, 16, 8] * 2
 
 
 def test_evaluation_from_host_memory_gives_the_same_results(
@@ -116,7 +118,8 @@ def test_evaluation_from_host_memory_gives_the_same_results(
         return score(result, labels)
 
     monkeypatch.setattr(simclr_lin, "score", noted)
-    monkeypatch.setattr(protocols, "VALIDATION_FRACTION", 0.5)
+    half = partial(datasets.hold_out, fraction=0.5)
+    monkeypatch.setattr(protocols, "hold_out", lambda labels, _, seed: half(labels, seed=seed))
     for place in ("device", "host"):
         if place == "host":
             sizes = in_host_memory()

@@ -119,9 +119,13 @@ def test_knn_never_sees_the_test_set_and_changes_nothing(run, monkeypatch):
     monkeypatch.setattr(features, "knn_scores", record)
     monkeypatch.setattr(features, "extract_features", extract_features)
     with_knn, without = run("epochs=5", "knn_interval=2"), run("epochs=5", "knn_interval=0")
-    assert seen == [((21, 128), [7, 7, 7], 3, 3)] * 3 and modes == [False] * 3
+    assert (
+        seen == [((21, 128), [7, 7, 7], 3, 3)] * 3 and modes == [False] * 7
+    )  # of the untrained too
     assert [x["knn_acc"] is None for x in lines(with_knn)] == [True, False, True, False, False]
-    assert {x["knn_acc"] for x in lines(without)} == {None}
+    assert {(x["knn_acc"], x["effective_rank"]) for x in lines(without)} == {(None, None)}
+    assert all((x["effective_rank"] or 2) > 1 for x in lines(with_knn))
+    assert lines(with_knn)[1]["effective_rank"] is not None
     found = [load_checkpoint(f / "simclr_resnet18_epoch5.pt")["model"] for f in (with_knn, without)]
     assert differences(digests(found[0], ""), digests(found[1], "")) == []
 
@@ -134,7 +138,8 @@ def test_what_a_run_writes_and_returns(run, toy, caplog):
     for epoch, line in enumerate(metrics, start=1):
         assert list(line) == [
             "epoch", "step", "loss", "contrastive_accuracy", "alignment", "uniformity", "z_std",
-            "gradient_norm", "knn_acc", "learning_rate", "view_size", "views_per_second", "seconds",
+            "gradient_norm", "knn_acc", "effective_rank", "learning_rate", "view_size",
+            "views_per_second", "seconds",
         ]  # fmt: skip
         assert (line["epoch"], line["step"]) == (epoch, 3 * epoch)
         assert 0 < line["loss"] < 2 * math.log(15) and 0 <= line["contrastive_accuracy"] <= 1

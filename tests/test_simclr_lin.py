@@ -591,6 +591,8 @@ def test_linear_layers_choose_their_rate_by_default_and_finetune_has_one(evaluat
              for row in results["protocols"]]  # fmt: skip
     assert tried == [len(protocols.LINEAR_RATES)] * 2 + [0]
     assert results["protocols"][2]["settings"]["learning_rate"] == 0.1 * 8 / 256
+    [row] = evaluate("finetune_learning_rate=null", "protocols=[linear]", "labels=1")["protocols"]
+    assert row["settings"]["learning_rate"] == 0.1 * 8 / 256  # there is none to choose on
 
 
 def test_architecture_and_size_come_from_the_checkpoint(thin, toy, spy, tmp_path):
