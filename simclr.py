@@ -91,10 +91,9 @@ def train(cfg: Config, learner: Learner, images: Images, probe: Probe | None, ru
 
         knn_acc, rank, epoch = None, None, run.epoch + 1
         if probe is not None and (epoch % cfg.knn_interval == 0 or epoch == cfg.epochs):
-            at_once = replace(cfg, batch_size=min(512, 2 * (cfg.micro_batch_size or n)))
-            rank = sample_rank(learner.model.enc, probe.sample, at_once)
+            rank = sample_rank(learner.model.enc, probe.sample, cfg)
             if probe.labelled is not None:
-                knn_acc = held_out_knn(learner.model.enc, probe, at_once, run.check_signal)
+                knn_acc = held_out_knn(learner.model.enc, probe, cfg, run.check_signal)
         run.end_epoch(knn_acc, rank)  # logs, saves, and counts the epoch
 
 

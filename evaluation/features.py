@@ -84,7 +84,8 @@ def clean_features(
     enc: nn.Module, images: Images, cfg: Config, check: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Features (N, D) of unaugmented uint8 images, resized to cfg.image_size; `check` may raise."""
-    batches, total = images.split(cfg.batch_size), math.ceil(len(images) / cfg.batch_size)
+    n = min(512, cfg.batch_size, 2 * (cfg.micro_batch_size or 256))  # fits where training does
+    batches, total = images.split(n), math.ceil(len(images) / n)
 
     def prepare(x: Tensor) -> Tensor:
         check()
