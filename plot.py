@@ -3,7 +3,7 @@
     python plot.py RUN                 # all of them, as PNG and SVG, into the run directory
     python plot.py dataset=digits      # views.png alone, from the config, before any training
 
-curves       loss, contrastive accuracy, learning rate and kNN over the epochs
+curves       loss, contrastive accuracy, learning rate, kNN, effective rank over the epochs
 views        images, each with eight of its random views
 embedding    t-SNE of the representations of test images, before and after (newest checkpoint)
 neighbours   the first test image of each class, and its nearest training images

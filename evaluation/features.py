@@ -145,7 +145,7 @@ def sample_rank(enc: nn.Module, images: Images, cfg: Config) -> float | None:
     h = clean_features(enc.eval(), images, cfg)
     enc.train()
     if not is_finite(h):
-        log.warning("warning: no kNN, no rank: in eval mode the features are not finite")
+        log.warning("warning: no rank: in eval mode the features are not finite")
         return None
     return effective_rank(h)
 
@@ -158,6 +158,7 @@ def held_out_knn(
     h = clean_features(enc.eval(), split.images, cfg, check)
     enc.train()
     if not is_finite(h):
+        log.warning("warning: no kNN: in eval mode the features are not finite")
         return None
     scores = knn_scores(h[bank], split.labels[bank], h[queries], len(split.classes))
     return accuracy(scores, split.labels[queries])

@@ -105,8 +105,8 @@ def load_pretraining(cfg: Config, device: torch.device) -> tuple[Images, str, Pr
         return split.images, fingerprint, None
     probe = Probe(select_images(split.images, shuffle(len(split.images), seed=0, epoch=0)[:2048]))
     if len(split.classes) > 1:
-        unlabelled = split.labels.min() < 0  # STL-10
-        labelled = load_split(cfg, "train").to(device) if unlabelled else split
+        # STL-10 pretrains on images without labels
+        labelled = load_split(cfg, "train").to(device) if split.labels.min() < 0 else split
         probe = Probe(probe.sample, labelled, *hold_out(labelled.labels, 0.1, seed=0))
     return split.images, fingerprint, probe
 
@@ -154,7 +154,7 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     held_out = draw_stratified(labels, fraction, seed)
     held_out = held_out[labels.bincount()[labels[held_out]] > 1]
     if len(held_out) == 0:
-        raise UserError("no class has two labelled images, to hold one out for kNN or a choice")
+        raise UserError("no class has two labelled images, to hold one out: take knn_interval=0")
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[held_out] = False
     return rest.nonzero()[:, 0], held_out

@@ -136,7 +136,8 @@ def check_sweep(hydra: DictConfig) -> None:
 
     A sweep over labels evaluates one run: in its directory, unless that of the sweep has one.
     """
-    overrides = OverridesParser.create().parse_overrides(hydra.overrides.task)
+    params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *hydra.overrides.task])
     swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
     unnamed = [key for key in swept if key != "labels" and directory_name([key]) == ""]
     if unnamed or (swept and "${" not in OmegaConf.to_container(hydra.sweep)["subdir"]):

@@ -29,6 +29,8 @@ def select_device(name: str) -> torch.device:
     if name not in ("auto", *names):
         allowed = f"one that this machine has, {', '.join(names)}, or auto"
         raise ConfigError(f"device={name}: must be {allowed} ({problem or 'no such device'})")
+    if name == "auto" and problem and "LOCAL_RANK" in os.environ:  # the ranks must not differ
+        raise ConfigError(f"device=auto: {problem}")
     if name == "auto" and problem:
         log.warning(f"warning: runs on {names[0]}, since torch cannot use the GPU: {problem}")
     torch.backends.cudnn.benchmark = True  # autotunes once per shape; shapes are static

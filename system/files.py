@@ -60,7 +60,7 @@ def read_json(content: bytes, where: Path | str, *needed: str) -> dict[str, Any]
     """A JSON object with the keys `needed`; raises UserError, naming `where`, for anything else."""
     with suppress(ValueError, TypeError, RecursionError):
         found = json.loads(content)
-        if set(needed) <= set(found):
+        if isinstance(found, dict) and set(needed) <= set(found):
             return found
     raise UserError(f"{where} is damaged or of another program: move it away, or {OTHER}")
 
@@ -83,16 +83,15 @@ def read_results(path: Path) -> dict[str, Any]:
 @contextmanager
 def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock in the block. While another process has it: waits, or raises UserError."""
-    lock = FileLock(directory / f".{name}.lock")
+    lock = FileLock(directory / f".{name}.lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=wait)
     except Timeout:
         used = f"{directory} is in use by another {name}.py"
         raise UserError(f"{used}: wait until that ends, or {OTHER}") from None
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be locked ({error.strerror}): choose another"
-        ) from None
+    except (OSError, NotImplementedError) as error:  # the second: where there are no locks at all
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{directory} cannot be locked ({reason}): choose another") from None
     try:
         yield
     finally:
@@ -123,6 +122,6 @@ def move_aside(run_dir: Path) -> None:
     while (aside := run_dir / f"old-{number}").exists():
         number += 1
     aside.mkdir()
-    for path in files:
+    for path in sorted(files):  # the weights last: what is left after a kill is still a run's
         path.rename(aside / path.name)
     log.info(f"moved the files of the earlier run to {aside}")

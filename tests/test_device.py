@@ -81,9 +81,13 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_remedy_or_warned_of(
     assert reason.split(r"\S+")[0] in record.message and "\n" not in record.message
 
 
-def test_a_full_gpu_is_no_broken_one(gpu_is):
+def test_ranks_do_not_fall_back_and_a_full_gpu_is_no_broken_one(gpu_is, monkeypatch):
     gpu_is(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
+        select_device("auto")
+    gpu_is(RuntimeError("CUDA error: no kernel image is available"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match="device=auto: NVIDIA Relic 1: CUDA error: no kernel"):
         select_device("auto")
 
 

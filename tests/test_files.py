@@ -97,7 +97,7 @@ def test_metrics_are_read_but_for_half_a_line_and_refused_if_damaged(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"ep')
     assert read_metrics(tmp_path) == [{"epoch": 1}, {"epoch": 2}]
-    for line in ("{]", "[1]", "1", '{"a": 1}'):
+    for line in ("{]", '["epoch"]', "1", '{"a": 1}'):
         path.write_text(f'{{"epoch": 1}}\n{line}\n')
         with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is damaged or of another"):
             read_metrics(tmp_path)

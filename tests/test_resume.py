@@ -212,7 +212,7 @@ def test_a_step_that_is_interrupted_halfway_is_not_saved_and_done_again(
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(owner, name, interrupted)
         run("stopped", "save_minutes=0")
-    assert "ended within a step: the state on disk stays" in caplog.text
+    assert "the last step is not complete, or finite: it is not saved" in caplog.text
     assert load_checkpoint(tmp_path / "stopped" / LAST, STATE)["step"] == 3
     assert differences(outcome(run("stopped")), whole()) == []
 
@@ -420,3 +420,12 @@ def test_the_ranks_compare_the_states_that_they_see(run, monkeypatch):
     run("run", stop=5)
     run("run")
     assert seen == [-1, 5]
+
+
+def test_a_key_that_is_gone_from_the_config_is_no_difference(run, whole):
+    """As `predict`, which states of an earlier version have."""
+    path = run("stopped", stop=4) / LAST
+    saved = load_checkpoint(path, STATE)
+    saved["config"]["predict"] = None
+    path.write_bytes(to_bytes(saved))
+    assert differences(outcome(run("stopped")), whole()) == []

@@ -672,7 +672,7 @@ def test_the_command_finds_the_checkpoint(lin, call, tmp_path):
     assert f"run/{FILE}, resnet18 at 8 px, folder, on cpu" in call.stdout
     assert "| checkpoint | knn " in (tmp_path / "run" / "simclr_lin.log").read_text()
     for code, override, reason in (
-        (2, "load_epoch=2", "load_epoch=2: must be null beside a file"),
+        (2, "load_epoch=2", "load_epoch=2: must be null where checkpoint is a file"),
         (2, "image_size=16", f"image_size=16: must be 8, as in run/{FILE}"),
         (1, "checkpoint=gone.pt", "there is no file gone.pt"),
     ):

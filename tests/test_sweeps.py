@@ -96,6 +96,14 @@ def test_values_that_a_sweep_replaces_are_not_held_against_it():
         commandline.CheckConfig().on_run_start(cfg)
 
 
+def test_a_sweep_that_the_yaml_defines_is_checked_too(call, tmp_path, monkeypatch):
+    text = commandline.CONFIG_FILE.read_text(encoding="utf-8")
+    (tmp_path / "file.yml").write_text(f"{text}  sweeper:\n    params: {{runs: '1,2'}}\n")
+    monkeypatch.setattr(commandline, "CONFIG_FILE", tmp_path / "file.yml")
+    code, error = call(LIN, "-m")
+    assert code == 2 and "would overwrite each other's results" in error
+
+
 def test_a_failed_job_is_one_line_and_ends_no_other(sweep, call):
     """Of the values, of the data and of the loss; the exit code is that of the first."""
     code, error = sweep(PRETRAIN, "temperature=0.5,-1", "batch_size=999,8")

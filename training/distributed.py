@@ -47,7 +47,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     try:
         yield
-        barrier()
+        all_reduce_max(0)  # a barrier
     finally:
         dist.destroy_process_group()
 
@@ -115,11 +115,6 @@ def all_reduce_max(number: int) -> int:
     numbers = torch.tensor(number)  # on the CPU: nothing waits for a GPU
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return int(numbers)
-
-
-def barrier() -> None:
-    """Block until all ranks reach this call."""
-    all_reduce_max(0)
 
 
 def check_same(number: int, what: str) -> None:

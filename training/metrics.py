@@ -65,7 +65,7 @@ def summary(line: dict[str, float | None], cfg: Config, untrained_rank: float | 
     )
     if line["knn_acc"] is not None:
         text += f", kNN {line['knn_acc']:.1%} (training images)"
-    if None not in (line["effective_rank"], untrained_rank):
+    if None not in (line.get("effective_rank"), untrained_rank):
         text += f", effective rank {line['effective_rank']:.1f} (untrained: {untrained_rank:.1f})"
     return text
 

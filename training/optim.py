@@ -27,10 +27,9 @@ def make_optimizer(
     leaves torch's fused momentum uninitialised (torch 2.14.1, torch/optim/sgd.py). A CUDA graph
     needs a learning rate that is a tensor.
     """
-    momentum, decay = cfg.momentum, cfg.weight_decay
-    defaults = {"lr": learning_rate, "momentum": momentum, "weight_decay": decay}
+    defaults = {"lr": learning_rate, "momentum": cfg.momentum, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(parameters, **defaults, nesterov=momentum > 0, fused=fused)
+        return torch.optim.SGD(parameters, **defaults, nesterov=cfg.momentum > 0, fused=fused)
     return {"lars": LARS, "muon": Muon}[cfg.optimizer](parameters, defaults)
 
 

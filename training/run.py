@@ -18,7 +18,7 @@ from system.checkpoint import checkpoint_name, load_init, to_bytes
 from system.errors import StopSignals, UserError, progress_bar
 from system.files import check_ours, locked, move_aside, write_file
 from training import metrics as diagnostics
-from training.distributed import all_reduce_max, all_reduce_mean, barrier, check_same, rank
+from training.distributed import all_reduce_max, all_reduce_mean, check_same, rank
 from training.optim import schedule
 from training.state import START_OVER, Learner, find_state
 
@@ -119,7 +119,9 @@ class Run:
             finally:
                 again = self.stop.received is not None  # a second signal, or its save has failed
                 if self._position() != self.between_steps:
-                    log.warning("warning: ended within a step: the state on disk stays as it is")
+                    log.warning(
+                        "warning: the last step is not complete, or finite: it is not saved"
+                    )
                 elif not again and self.step != self.saved_step:
                     self.save()
         self.check_written()
@@ -165,7 +167,7 @@ class Run:
             return
         command = "the same command" if self.cfg.resume else "the same command without resume=false"
         ended = f"the state is saved: {command} resumes" if self.save() else self.unwritten["state"]
-        barrier()  # a rank that ends makes torchrun end the others
+        all_reduce_max(0)  # a barrier: a rank that ends makes torchrun end the others
         where = f" in epoch {self.epoch + 1} after {self.steps_done} of {self.steps} steps; {ended}"
         self.stop.act(number, where)
 

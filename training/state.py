@@ -53,16 +53,17 @@ def find_state(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
     except UserError as error:
         raise UserError(f"{error}: {START_OVER}") from None
     if "random" in saved or not set(saved) >= STATE:
-        version = "is of another version, with other random numbers"
-        raise UserError(f"{paths[0]} {version}: {START_OVER}")
+        raise UserError(
+            f"{paths[0]} is of another version, with other random numbers: {START_OVER}"
+        )
     old, new = saved["config"], asdict(cfg)
     left_out = [*may_change(), "precision"] if cfg.precision == "auto" else may_change()
-    keys = [key for key in {**new, **old} if key not in left_out]
+    keys = [key for key in new if key not in left_out]  # others are of an earlier version
     pairs = [(key, new.get(key, "absent"), old.get(key, "absent")) for key in keys]
     changed = [f"{key}={now} (was {before})" for key, now, before in pairs if now != before]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)}: must be as in {run_dir} to resume it; {START_OVER}, beside "
-            f"init={run_dir} from these weights (the schedule starts again)"
+            f"{', '.join(changed)}: must be as in {run_dir} to resume it; {START_OVER}; beside "
+            f"either init={run_dir} starts from these weights (the schedule starts again)"
         )
     return saved
