@@ -67,7 +67,8 @@ def fit_logistic(task: Task, index: Tensor, candidates: Settings) -> Iterator[Cl
 
 def fit_network(task: Task, index: Tensor, candidates: Settings) -> Iterator[Classifier]:
     """Fine-tuning (App. B.5): trains a layer and a copy of the encoder, on new crops each step."""
-    cfg = replace(task.cfg, precision=task.cfg.precision.replace("fp16", "fp32"))  # no scaler
+    precision = "fp32" if task.cfg.precision == "fp16" else task.cfg.precision  # without a scaler
+    cfg = replace(task.cfg, precision=precision)
 
     def scores(batch: Tensor, epoch: int, step: int) -> Tensor:
         u = to_device(draw(len(batch), cfg.seed, step, CROPS), task.h.device)

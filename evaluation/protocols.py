@@ -39,8 +39,8 @@ def vote(task: Task, **settings: float) -> Result:
 def linear(task: Task, clean: bool = False) -> Result:
     """Linear evaluation (Sec. 2.3): a linear layer on the features of random crops and flips, or of
     the unaugmented training images if `clean`."""
-    views, k = task.h[None], min(task.cfg.finetune_views, task.cfg.finetune_epochs)  # all are seen
-    if not clean:
+    views, k = task.h[None], min(task.cfg.finetune_views, task.cfg.finetune_epochs)
+    if not clean:  # no epoch would see more than k
         views = features.crop_features(task.enc, task.train.images, task.cfg, k)
     several = task.train.labels.bincount().max() > 1  # else none can be held out to choose on
     candidates = sgd_settings(task.cfg, LINEAR_RATES if several else [0.1], views=len(views))
@@ -93,9 +93,8 @@ def run_protocol(protocol: str, task: Task) -> Result:
 def check_finite(values: Tensor, what: str) -> None:
     """Raise UserError unless all values are finite."""
     if not features.is_finite(values):
-        raise UserError(
-            f"not finite: {what}; take precision=fp32 or a lower finetune_learning_rate"
-        )
+        remedy = "take precision=fp32 or a lower finetune_learning_rate"
+        raise UserError(f"not finite: {what}; {remedy}")
 
 
 def protocols_for(cfg: Config, encoder: str, first_run: bool) -> list[str]:

@@ -212,7 +212,7 @@ def test_a_step_that_is_interrupted_halfway_is_not_saved_and_done_again(
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(owner, name, interrupted)
         run("stopped", "save_minutes=0")
-    assert "the last step is not complete, or finite: it is not saved" in caplog.text
+    assert "the last step was cut short or diverged: it is not saved" in caplog.text
     assert load_checkpoint(tmp_path / "stopped" / LAST, STATE)["step"] == 3
     assert differences(outcome(run("stopped")), whole()) == []
 

@@ -119,9 +119,7 @@ class Run:
             finally:
                 again = self.stop.received is not None  # a second signal, or its save has failed
                 if self._position() != self.between_steps:
-                    log.warning(
-                        "warning: the last step is not complete, or finite: it is not saved"
-                    )
+                    log.warning("warning: the last step was cut short or diverged: it is not saved")
                 elif not again and self.step != self.saved_step:
                     self.save()
         self.check_written()
