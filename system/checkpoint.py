@@ -110,10 +110,12 @@ def load_init(enc: nn.Module, init: str) -> None:
 
 
 def build_model(saved: dict[str, Any], path: Path, trained: bool = True) -> SimCLR:
-    """The network of a checkpoint read from `path`, trained or randomly initialised."""
+    """The network of a checkpoint read from `path`; its encoder is trained, or all is random."""
     model = SimCLR(**{key: saved["config"][key] for key in ARCHITECTURE if key != "image_size"})
     if trained:
-        load_weights(model, saved["model"], str(path))
+        weights = {str(k): value for k, value in saved["model"].items()}  # may lack the head
+        weights = {k[4:]: value for k, value in weights.items() if k.startswith("enc.")}
+        load_weights(model.enc, weights, str(path))
     return model
 
 
