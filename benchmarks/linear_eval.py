@@ -1,7 +1,8 @@
 """Linear evaluation, all of it, against running the frozen encoder again in every epoch.
 
     python benchmarks/linear_eval.py               # untrained encoder, random images; a minute
-    python benchmarks/linear_eval.py --data data/cifar10-jpeg --checkpoint FILE --accuracy
+    python benchmarks/linear_eval.py --data IMAGES --checkpoint FILE --accuracy
+    python benchmarks/linear_eval.py --data IMAGES --checkpoint FILE --images 5000 --dkobak
 
 The plain protocol crops and flips PIL images in two loader processes and passes them through a
 float32 encoder in each of 100 epochs; one epoch and one pass over the test images are timed, and
@@ -9,6 +10,8 @@ counted 100 times and once. Ours is timed whole: features of K crops of each ima
 images, 100 epochs of the linear layer. With --accuracy it tells instead what K does to the test
 accuracy. The last row there, as many crops as epochs, is the plain protocol, but that the crops are
 ours, whose distribution is torchvision's, and the features of the precision that `auto` takes.
+With --dkobak it gives the accuracies by the rules of dkobak/simclr-cifar10, to be set beside
+theirs; these have new crops in each epoch, so --views 100 --epochs 100, where K here are cached.
 """
 
 import copy
@@ -99,6 +102,40 @@ def accuracy_by_views(
     return means
 
 
+def fit_adam(
+    views: torch.Tensor, labels: torch.Tensor, *, rate: float, decay: float, epochs: int, batch: int
+) -> nn.Linear:
+    """A linear layer trained by Adam on features (K, M, D), the cosine to 0 by epoch."""
+    layer = nn.Linear(views.shape[-1], int(labels.max()) + 1).to(views.device)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=rate, weight_decay=decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for epoch in range(epochs):
+        for index in torch.randperm(len(labels), device=labels.device).split(batch):
+            loss = F.cross_entropy(layer(views[epoch % len(views), index].float()), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        cosine.step()
+    return layer
+
+
+def dkobak_rules(
+    cfg: Config, enc: nn.Module, train: Split, test: Split, views: int
+) -> dict[str, float]:
+    """Test accuracy of a linear layer as dkobak/simclr-cifar10 trains it, on clean images and on
+    crops from 20 % of the area (its script of 2025-07-29)."""
+    torch.manual_seed(cfg.seed)
+    task = make_task(cfg, "checkpoint", enc, train, test.images)
+    clean = fit_adam(task.h[None], train.labels, rate=0.01, decay=5e-6, epochs=500, batch=1024)
+    with torch.no_grad():
+        crops = crop_features(enc, train.images, replace(cfg, crop_scale=[0.2, 1.0]), views)
+    on_crops = fit_adam(crops, train.labels, rate=0.1, decay=0.0, epochs=100, batch=512)
+    return {
+        f"dkobak_{name}": 100 * accuracy(layer(task.test_h.float()).detach(), test.labels)
+        for name, layer in (("clean", clean), (f"{views}_crops", on_crops))
+    }
+
+
 def main() -> None:
     """Time both, or with --accuracy a table over K; the last line is one JSON object."""
     args = parser(__doc__)
@@ -111,6 +148,7 @@ def main() -> None:
     args.add_argument("--views", type=int, nargs="+", default=[5, 1, 2, 10], help="K, or the first")
     args.add_argument("--seeds", type=int, default=3, help="of --accuracy")
     args.add_argument("--accuracy", action="store_true")
+    args.add_argument("--dkobak", action="store_true")
     args = args.parse_args()
     device, views = select_device("auto"), min(args.views[0], args.epochs)
     sizes = f"batch_size={args.batch}", f"finetune_epochs={args.epochs}", f"finetune_views={views}"
@@ -123,6 +161,9 @@ def main() -> None:
     plain_enc = copy.deepcopy(enc).to(device).eval()
     enc = enc.to(device, memory_format=torch.channels_last)
     ours = train.to(device), test.to(device)
+    if args.dkobak:
+        finish(dkobak_rules(cfg, enc, train=ours[0], test=ours[1], views=views))
+        return
     if args.accuracy:
         table = {"numbers": args.views, "seeds": args.seeds}
         finish(accuracy_by_views(cfg, enc, train=ours[0], test=ours[1], **table))

@@ -21,6 +21,7 @@ COMMANDS = {
     "augment.py --batch 8 --repeats 1 --no-compile": "augment_eager_vs_torchvision",
     "step.py --batch 4 --repeats 1": "step_eager_vs_plain",
     "linear_eval.py --epochs 2 --images 1 --repeats 1": "linear_eval_vs_every_epoch",
+    "linear_eval.py --epochs 2 --images 1 --dkobak": "dkobak_clean",
     "placement.py --size 32 --batch 4 --images 8 --repeats 1": "host_vs_device",
     "scaling.py --processes 2 --batch 8 --repeats 1": "speed_2",
 }

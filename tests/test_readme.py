@@ -13,12 +13,10 @@ import pytest
 import torch
 from conftest import PRODUCT, REPOSITORY
 
-import simclr
 from models import SimCLR
 
-PATH = "logs/SimCLR/cifar10/resnet18/simclr_resnet18_epoch1000.pt"
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = [README, REPOSITORY / "weights" / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -40,12 +38,9 @@ def run(block: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 @pytest.fixture
-def place(toy, tmp_path, monkeypatch, write_images) -> Path:
-    """A directory with the checkpoint and the images that the README speaks of."""
-    run_dir = (tmp_path / PATH).parent
-    run_dir.mkdir(parents=True)
-    simclr.pretrain(toy("epochs=1"), run_dir)
-    shutil.copy(run_dir / "simclr_resnet18_epoch1.pt", tmp_path / PATH)
+def place(tmp_path, monkeypatch, write_images) -> Path:
+    """A directory with the weights and the images that the README speaks of."""
+    shutil.copytree(REPOSITORY / "weights", tmp_path / "weights")
     write_images(tmp_path / "my", classes=1, images=5)
     monkeypatch.chdir(tmp_path)
     return tmp_path
