@@ -1,4 +1,4 @@
-"""All that a GPU can tell about this repository, in half an hour, as lines of JSON.
+"""All that a GPU can tell about this repository, in an hour, as lines of JSON.
 
     python benchmarks/gpu.py data/cifar10-png       # IMAGES; appends to logs/gpu/gpu.jsonl
     python benchmarks/gpu.py IMAGES --parts question --seeds 0    # four minutes
@@ -39,13 +39,13 @@ from plain import Plain, plain_loader, plain_transform
 from race import first_that_stays, score, timed_run
 from time_to_accuracy import our_run, plain_run
 from timed_steps import train_steps
-from weights import half_encoder
 
 from config import Config
 from images.datasets import load_split
 from models import SimCLR
 from system.checkpoint import find_checkpoint
 from system.device import select_device
+from weights import half_encoder
 
 REPOSITORY = Path(__file__).parent.parent
 SIMSIAM = ["recipe=simsiam", "learning_rate='${per_256:0.06,${batch_size}}'"]  # twice its own
@@ -179,8 +179,9 @@ class Session:
         rows = json.loads((run_dir / "results.json").read_text())["protocols"]
         scores = {row["protocol"]: 100 * row["accuracy"] for row in rows}
         epochs = (run_dir / "metrics.jsonl").read_text().splitlines()
-        self.knn[scores["knn"]] = overrides
-        self.say(name, overrides=overrides, seconds=seconds, **scores, last=json.loads(epochs[-1]))
+        last = json.loads(epochs[-1])
+        self.knn[last["knn_acc"]] = overrides  # of training images: the test set chooses nothing
+        self.say(name, overrides=overrides, seconds=seconds, **scores, last=last)
 
     def keep_encoder(self, run_dir: Path) -> None:
         """Write the encoder of the newest checkpoint in float16, in parts."""

@@ -1,6 +1,6 @@
-"""The race: from the command to 60 % kNN accuracy on CIFAR-10, ResNet-18, without a GPU.
+"""The race: from the command to 70 % kNN accuracy on CIFAR-10, ResNet-18, without a GPU.
 
-    python benchmarks/race.py data/cifar10-jpeg                        # IMAGES, as docs/results.md
+    python benchmarks/race.py data/cifar10-png                         # IMAGES, as docs/race.md
     python benchmarks/race.py IMAGES --seed 0 --run recipe=simsiam epochs=8 log_interval=1
 
 For each seed it starts simclr.py on all training images of IMAGES (train/<class>/*, and test for
@@ -81,7 +81,7 @@ def main() -> None:
     """The runs, a line for each, and one JSON object as the last line."""
     args = parser(__doc__)
     args.add_argument("data", help="folder with train/<class>/* and test/<class>/*")
-    args.add_argument("--target", type=float, default=60.0, help="kNN accuracy in %%")
+    args.add_argument("--target", type=float, default=70.0, help="kNN accuracy in %%")
     args.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     args.add_argument("--run", nargs="+", default=RUN, help=f"overrides (default: {RUN})")
     args.add_argument("--batch", type=int, default=256, help="of a plain step")

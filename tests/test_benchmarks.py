@@ -77,9 +77,10 @@ def test_the_hour_with_a_gpu_runs_on_a_cpu_too(benchmark, call, write_images, tm
     found = said["simsiam-3"]
     assert {"seed=3", "recipe=simsiam"} < {*found["overrides"]} and found["linear_clean"] >= 0
     assert found["last"]["epoch"] == 1 and found["seconds"] > 0
-    best = max((line for line in said.values() if "knn" in line), key=lambda line: line["knn"])
-    won = said["race to kNN 0"]
-    assert {*best["overrides"]} < {*won["overrides"]} and won["seconds_and_knn"][0] > 0
+    runs = [line for line in said.values() if "last" in line]
+    best, won = max(line["last"]["knn_acc"] for line in runs), said["race to kNN 0"]
+    best = [{*line["overrides"]} for line in runs if line["last"]["knn_acc"] == best]
+    assert any(run < {*won["overrides"]} for run in best) and won["seconds_and_knn"][0] > 0
     parts = [Path(f"out/race/encoder.pt.{i}").read_bytes() for i in range(2)]
     Path("encoder.pt").write_bytes(b"".join(parts))
     assert load_encoder("encoder.pt")[1] == 512
