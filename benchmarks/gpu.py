@@ -4,22 +4,22 @@
     python benchmarks/gpu.py IMAGES --parts question --seeds 0    # four minutes
 
 IMAGES are CIFAR-10 as files, train/<class>/* and test/<class>/*; `steps` needs a part of them. The
-parts are run in the order given; one that fails is a line with its error, and the next one runs. It
-also runs on a CPU with small numbers (tests/test_benchmarks.py has them).
+parts are run in the order given; a part or a run that fails is a line with its error, and the next
+one runs. It also runs on a CPU with small numbers (tests/test_benchmarks.py has them).
 
 question  recipe=simsiam at twice its rate, --epochs 100, for which dkobak/simclr-cifar10 published
           kNN 83.2 ± 0.2; linear 85.6 ± 0.2 on clean images, 85.0 ± 0.3 on crops (docs/gpu.md)
-race      each of --levers for --epochs; then the best of all runs until now by kNN for --length
-          epochs: seconds from the command to the first checkpoint from which on kNN is --target,
-          everything counted but kNN itself, as in race.py
+race      each of --levers for --epochs; then, for --length epochs, the best of all runs in --out by
+          kNN of held-out training images: seconds from the command to the first checkpoint from
+          which on kNN is --target, everything counted but kNN itself, as in race.py
 tests     the tests that ask for a device, on this one (pytest --device=cuda)
 steps     milliseconds a step and seconds an epoch, eager, as a CUDA graph and compiled; peak memory
           beside the estimate of memory.py; the share of a step in which the GPU has nothing to do;
           bit for bit the same with a graph and without
 plain     kNN after --plain-epochs epochs of the plain pipeline and of simclr.py, on the same images
 
-Each run of `question` and `race` leaves its run directory in --out, and beside its checkpoint the
-encoder in float16 (weights.py) in parts of 15 MiB: cat encoder.pt.* > encoder.pt
+Each run of `question` and `race` leaves a new run directory in --out, and beside its checkpoint the
+encoder in float16 (half_encoder.py) in parts of 15 MiB: cat encoder.pt.* > encoder.pt
 """
 
 import json
@@ -33,6 +33,7 @@ from pathlib import Path
 from threading import Timer
 
 import torch
+from half_encoder import half_encoder
 from harness import config, describe_machine, folder, knn, parser, synchronize
 from memory import step_memory
 from plain import Plain, plain_loader, plain_transform
@@ -45,7 +46,6 @@ from images.datasets import load_split
 from models import SimCLR
 from system.checkpoint import find_checkpoint
 from system.device import select_device
-from weights import half_encoder
 
 REPOSITORY = Path(__file__).parent.parent
 SIMSIAM = ["recipe=simsiam", "learning_rate='${per_256:0.06,${batch_size}}'"]  # twice its own
@@ -68,15 +68,24 @@ class Session:
         self.args, self.cfg, self.device = args, cfg, device
         self.train, self.test = (load_split(cfg, part).to(device) for part in ("train", "test"))
         self.batch = f"batch_size={args.batch}"
-        self.knn: dict[float, list[str]] = {}  # of each run until now: its overrides
+        self.log = args.out / "gpu.jsonl"
 
     def say(self, what: str, **values: object) -> None:
         """One line of JSON, here and in the file."""
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
         line = json.dumps({"what": what, **rounded})
         print(line, flush=True)
-        with (self.args.out / "gpu.jsonl").open("a") as file:
+        with self.log.open("a") as file:
             print(line, file=file)
+
+    def attempt(self, name: str, function: Callable[..., None], *args: object) -> None:
+        """Call a part or a run; an error is a line: the next may work, and time here is dear."""
+        start = time.monotonic()
+        try:
+            function(*args)
+        except Exception as error:
+            self.say(f"{name} failed", error=f"{type(error).__name__}: {error}")
+        self.say(f"{name} took", minutes=(time.monotonic() - start) / 60)
 
     def tests(self) -> None:
         """The tests that ask for a device."""
@@ -151,23 +160,29 @@ class Session:
     def question(self) -> None:
         """The published setting, for each seed."""
         for seed in self.args.seeds:
-            self.pretrain(f"simsiam-{seed}", [*SIMSIAM, f"seed={seed}"], "knn,linear,linear_clean")
+            name, overrides = f"simsiam-{seed}", [*SIMSIAM, f"seed={seed}"]
+            self.attempt(name, self.pretrain, name, overrides, "knn,linear,linear_clean")
 
     def race(self) -> None:
         """The levers; then the best of all runs, from the command to the target."""
         for name in self.args.levers:
-            self.pretrain(name, LEVERS[name], "knn")
-        overrides = [*self.knn[max(self.knn)], f"epochs={self.args.length}", "log_interval=20"]
+            self.attempt(name, self.pretrain, name, LEVERS[name])
+        said = [json.loads(line) for line in self.log.read_text().splitlines()]
+        runs = [line for line in said if "last" in line]  # chosen on training images
+        best = max(runs, key=lambda run: run["last"]["knn_acc"])
+        overrides = [*best["overrides"], f"epochs={self.args.length}", "log_interval=20"]
         run_dir = self.args.out / "race"
+        run_dir.mkdir()
         checkpoints = timed_run([*folder(self.args.data), self.batch, *overrides], run_dir)
         judge = partial(score, cfg=self.cfg, train=self.train, test=self.test)
         won = first_that_stays(checkpoints, judge, self.args.target)
         self.keep_encoder(run_dir)
         self.say(f"race to kNN {self.args.target:g}", overrides=overrides, seconds_and_knn=won)
 
-    def pretrain(self, name: str, overrides: list[str], protocols: str) -> None:
+    def pretrain(self, name: str, overrides: list[str], protocols: str = "knn") -> None:
         """Pretrain and evaluate with the scripts as a user starts them; keeps what they leave."""
         run_dir = self.args.out / name
+        run_dir.mkdir()  # fails where there is one: nothing is resumed, all is timed
         overrides = [*overrides, *self.args.run]
         where = *folder(self.args.data), self.batch, f"hydra.run.dir={run_dir}"
         length = f"epochs={self.args.epochs}", f"knn_interval={max(1, self.args.epochs // 5)}"
@@ -178,9 +193,7 @@ class Session:
         self.script("simclr_lin.py", *where, *overrides, f"protocols=[{protocols}]")
         rows = json.loads((run_dir / "results.json").read_text())["protocols"]
         scores = {row["protocol"]: 100 * row["accuracy"] for row in rows}
-        epochs = (run_dir / "metrics.jsonl").read_text().splitlines()
-        last = json.loads(epochs[-1])
-        self.knn[last["knn_acc"]] = overrides  # of training images: the test set chooses nothing
+        last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
         self.say(name, overrides=overrides, seconds=seconds, **scores, last=last)
 
     def keep_encoder(self, run_dir: Path) -> None:
@@ -208,7 +221,8 @@ def main() -> None:
     args.add_argument("data", type=Path, help="folder with train/<class>/* and test/<class>/*")
     args.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args.add_argument("--out", type=Path, default=Path("logs/gpu"), help="directory")
-    args.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of `question`")
+    args.add_argument("--commit", help="for the record")
+    args.add_argument("--seeds", type=int, nargs="+", default=[0], help="of `question`")
     args.add_argument("--epochs", type=int, default=100, help="of `question` and the levers")
     args.add_argument("--levers", nargs="*", choices=LEVERS, default=list(LEVERS))
     args.add_argument("--length", type=int, default=300, help="epochs of the race's last run")
@@ -223,17 +237,12 @@ def main() -> None:
     args.add_argument("--tests", nargs="+", default=["tests"], help="for pytest")
     args.add_argument("--run", nargs="+", default=[], help="more overrides for the scripts")
     args = args.parse_args()
-    describe_machine()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     session = Session(args, config(*folder(args.data)), select_device("auto"))
+    session.say("machine", machine=describe_machine(), commit=args.commit)
     for name in args.parts:
-        start = time.monotonic()
-        try:
-            PARTS[name](session)
-        except Exception as error:  # the next part may work, and time on a GPU is dear
-            session.say(f"{name} failed", error=f"{type(error).__name__}: {error}")
-        session.say(f"{name} took", minutes=(time.monotonic() - start) / 60)
+        session.attempt(name, PARTS[name], session)
 
 
 if __name__ == "__main__":

@@ -53,17 +53,17 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
     return seconds
 
 
-def describe_machine() -> None:
-    """One line: the processor or GPU, and the versions."""
+def describe_machine() -> str:
+    """Print, and return, a line: the processor or GPU, and the versions."""
     machine, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     elif cpuinfo.exists() and (name := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
         machine = name[1]
-    print(
-        f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, torchvision {torchvision.__version__}"
-    )
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    print(line := f"{machine}, {cores}, {versions}")
+    return line
 
 
 def report(seconds: dict[str, list[float]], views: int, unit: str = "views") -> None:

@@ -37,7 +37,7 @@ from simclr import make_learner
 from system.device import select_device
 from training.optim import cosine_learning_rate, set_learning_rate
 
-RECIPE = [  # for short runs: docs/results.md
+RECIPE = [  # for short runs: docs/jpeg.md
     "batch_size=128", "learning_rate=0.03", "weight_decay=5e-4", "crop_scale=[0.2,1]",
     "grayscale_probability=0.1", "hidden_dim=1024",
 ]  # fmt: skip

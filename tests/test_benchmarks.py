@@ -84,6 +84,8 @@ def test_the_hour_with_a_gpu_runs_on_a_cpu_too(benchmark, call, write_images, tm
     parts = [Path(f"out/race/encoder.pt.{i}").read_bytes() for i in range(2)]
     Path("encoder.pt").write_bytes(b"".join(parts))
     assert load_encoder("encoder.pt")[1] == 512
+    benchmark("gpu.py", str(data), *short.split(), "--parts", "question")  # nothing is resumed
+    assert "FileExistsError" in lines(call.stdout)["simsiam-3 failed"]["error"]
 
 
 def test_the_race_looks_at_every_checkpoint_from_the_last(benchmark, call, write_images):

@@ -41,7 +41,7 @@ def test_an_encoder_in_float16_is_evaluated_and_started_from(
     thin, trained, toy, monkeypatch, tmp_path
 ):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    half_encoder = importlib.import_module("weights").half_encoder
+    half_encoder = importlib.import_module("half_encoder").half_encoder
     whole, path = trained / "simclr_resnet18_epoch2.pt", tmp_path / "half.pt"
     path.write_bytes(half_encoder(whole))
     assert path.stat().st_size < 0.3 * whole.stat().st_size

@@ -1,6 +1,6 @@
 """The encoder of a checkpoint alone, in float16: 22 MB for ResNet-18 instead of 50.
 
-    python benchmarks/weights.py CHECKPOINT weights/resnet18.pt
+    python benchmarks/half_encoder.py CHECKPOINT weights/resnet18.pt
 
 It is a checkpoint without projection head, which load_encoder, simclr_lin.py and init take. Its
 matrices are float16, batch norm stays float32; the config goes along, the path of the images not.
