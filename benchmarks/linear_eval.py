@@ -126,7 +126,7 @@ def dkobak_rules(
     crops from 20 % of the area (its script of 2025-07-29)."""
     torch.manual_seed(cfg.seed)
     task = make_task(cfg, "checkpoint", enc, train, test.images)
-    clean = fit_adam(task.h[None], train.labels, rate=0.01, decay=5e-6, epochs=500, batch=1024)
+    clean = fit_adam(task.h[None], train.labels, rate=0.01, decay=5e-6, epochs=500, batch=1000)
     with torch.no_grad():
         crops = crop_features(enc, train.images, replace(cfg, crop_scale=[0.2, 1.0]), views)
     on_crops = fit_adam(crops, train.labels, rate=0.1, decay=0.0, epochs=100, batch=512)
