@@ -68,7 +68,7 @@ class SimCLR(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (N, 3, H, W), values in [0, 1]. Returns h: (N, D) and z: (N, projection_dim)."""
         if self.training and self.micro_batch_size is not None:
-            return embed_in_micro_batches(self, self.embed, x, self.micro_batch_size)
+            return embed_in_micro_batches(self, x)
         return self.embed(x)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,22 +99,17 @@ def _keep_statistics(module: nn.Module) -> tuple[AbstractContextManager, Abstrac
     return nullcontext(), buffers_restored()
 
 
-def embed_in_micro_batches(
-    model: nn.Module,
-    embed: Callable[[Tensor], tuple[Tensor, Tensor]],
-    views: Tensor,
-    micro_batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradient caching: embed(views) in micro-batches; views: (2N, 3, S, S), rows i, N+i: image i.
+def embed_in_micro_batches(model: SimCLR, views: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient caching: `model.embed` in micro-batches; views: (2N, 3, S, S), rows i, N+i: image i.
 
     Both views of `micro_batch_size` images go through the model without keeping activations, and
     again in the backward pass, when the gradient of the loss of all views is known: the memory of
     one micro-batch, the time of a second forward pass. Batch norm takes each one's statistics once.
     """
-    repeated = recomputed(embed, model)
+    repeated, n = recomputed(model.embed, model), model.micro_batch_size
     firsts, seconds = views.chunk(2)
     h1, h2, z1, z2 = [], [], [], []
-    for pair in zip(firsts.split(micro_batch_size), seconds.split(micro_batch_size), strict=True):
+    for pair in zip(firsts.split(n), seconds.split(n), strict=True):
         h, z = repeated(torch.cat(pair))
         for parts, part in zip((h1, h2, z1, z2), (*h.chunk(2), *z.chunk(2)), strict=True):
             parts.append(part)

@@ -27,7 +27,6 @@ from evaluation.features import build_encoder, clean_features, open_checkpoint
 from images.datasets import Split, draw_stratified, load_split, select_images
 from system.checkpoint import find_checkpoint
 from system.commandline import register_config, to_config
-from system.device import select_device
 from system.errors import UserError, describe, error_boundary
 from system.files import read_config, read_metrics
 
@@ -36,8 +35,8 @@ EMBEDDED = 2000  # test images in the t-SNE; more take minutes and look no diffe
 
 def embedding(path: Path, cfg: Config) -> Figure:
     """t-SNE of test images, with the seed's initial weights and with those of the checkpoint."""
-    saved, cfg = open_checkpoint(cfg, path)
-    test = load_split(cfg, "test").to(select_device(cfg.device))
+    saved, cfg, device = open_checkpoint(cfg, path)
+    test = load_split(cfg, "test").to(device)
     chosen = draw_stratified(test.labels, min(EMBEDDED / len(test.labels), 0.999), seed=0)
     images, panels = select_images(test.images, chosen), {}
     titles = {"random": "untrained network", "checkpoint": f"after {saved['epoch']} epochs"}
@@ -49,8 +48,7 @@ def embedding(path: Path, cfg: Config) -> Figure:
 
 def neighbours(path: Path, cfg: Config) -> Figure:
     """The first test image of up to ten classes, and the training images nearest to it."""
-    device = select_device(cfg.device)
-    saved, cfg = open_checkpoint(cfg, path)
+    saved, cfg, device = open_checkpoint(cfg, path)
     train, test = (load_split(cfg, split).to(device) for split in ("train", "test"))
     first = torch.cat([(test.labels == label).nonzero()[0] for label in test.labels.unique()[:10]])
     queries = Split(select_images(test.images, first), test.labels[first], test.classes)

@@ -32,7 +32,6 @@ from images import datasets
 from images.datasets import Split, load_split
 from system.checkpoint import find_checkpoint
 from system.commandline import run_command, run_directory, to_config
-from system.device import select_device
 from system.files import locked, write_file
 
 log = logging.getLogger("simclr_lin")
@@ -46,14 +45,13 @@ def evaluate(
     Returns what it writes to `out_dir`/results.json; given: the keys on the command line. Raises
     ConfigError, UserError, and RuntimeError if a frozen encoder has changed.
     """
-    device = select_device(cfg.device)
-    saved, cfg = open_checkpoint(cfg, checkpoint, given)
+    saved, cfg, device = open_checkpoint(cfg, checkpoint, given)
     train, test = (load_split(cfg, split) for split in ("train", "test"))
     images = hashlib.sha256()
     for values in (train.images, train.labels, test.images, test.labels):
         images.update(values.contiguous().numpy())
     train, test = train.to(device), test.to(device)
-    path = report.results_path(out_dir, cfg.labels)
+    path = out_dir / ("results.json" if cfg.labels is None else f"results_labels{cfg.labels}.json")
     results = report.open_results(path, {
         "checkpoint": str(checkpoint),
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),

@@ -28,8 +28,11 @@ SIMILARITIES = 2**26  # computed at once: 256 MiB
 
 def open_checkpoint(
     cfg: Config, path: Path, given: frozenset[str] = frozenset()
-) -> tuple[dict[str, Any], Config]:
-    """A checkpoint, and cfg with its network and crops; ConfigError if `given` contradicts it."""
+) -> tuple[dict[str, Any], Config, torch.device]:
+    """A checkpoint, cfg with its network and crops, and the device.
+
+    Raises ConfigError if `given`, keys on the command line, contradicts it.
+    """
     saved = load_checkpoint(path)
     architecture = {key: saved["config"][key] for key in keys(Architecture)}
     for key in given & set(architecture):
@@ -37,8 +40,9 @@ def open_checkpoint(
             key, getattr(cfg, key) == architecture[key], f"{architecture[key]}, as in {path}"
         )
     crops = {key: saved["config"][key] for key in {*CROP_KEYS} & {*saved["config"]} - given}
-    precision = select_precision(cfg.precision, select_device(cfg.device))
-    return saved, replace(cfg, **architecture, **crops, precision=precision)
+    device = select_device(cfg.device)
+    precision = select_precision(cfg.precision, device)
+    return saved, replace(cfg, **architecture, **crops, precision=precision), device
 
 
 def is_finite(values: Tensor) -> bool:

@@ -111,10 +111,10 @@ def plot_neighbours(
 
 
 def directions(h: Tensor) -> Tensor:
-    """Unit vectors of h (N, D). Raises UserError where all are the same: t-SNE would crash."""
+    """Unit vectors of h (N, D). UserError where t-SNE would crash: not finite, or all the same."""
     unit = F.normalize(h.float(), dim=1)
-    if ((unit - unit[0]).abs() < 1e-6).all():
-        raise UserError("representations are all the same: a collapsed or damaged checkpoint")
+    if not unit.isfinite().all() or ((unit - unit[0]).abs() < 1e-6).all():
+        raise UserError("h is not finite or all the same: a collapsed or damaged checkpoint")
     return unit
 
 

@@ -13,11 +13,6 @@ FREE = {*keys(Execution), "protocols", "baselines", "runs", "checkpoint", "load_
 SETTINGS = [key for key in keys(Config) if key not in FREE]
 
 
-def results_path(out_dir: Path, labels: float | None) -> Path:
-    """results.json, or with few labels results_labels<…>.json."""
-    return out_dir / ("results.json" if labels is None else f"results_labels{labels}.json")
-
-
 def open_results(path: Path, about: dict[str, Any]) -> dict[str, Any]:
     """`about` (checkpoint, data, config), with the rows that an earlier evaluation left of them."""
     earlier = read_results(path)

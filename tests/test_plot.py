@@ -255,7 +255,7 @@ def test_neighbours_are_of_the_first_test_image_of_each_class(run, monkeypatch):
 
 def encoder_of(run, cfg, name):
     """The frozen encoder of the run's checkpoint, or with its initial weights."""
-    saved, _ = open_checkpoint(cfg, run / WEIGHTS)
+    saved, *_ = open_checkpoint(cfg, run / WEIGHTS)
     return build_encoder(saved, run / WEIGHTS, name, cfg.seed).eval().requires_grad_(False)
 
 
@@ -301,9 +301,10 @@ def test_embedding_has_a_point_for_each_image_in_the_colour_of_its_class():
 
 def test_what_cannot_be_embedded_is_refused():
     """All representations the same would end t-SNE in a segmentation fault."""
-    for same in (torch.ones(9, 8), torch.zeros(9, 8), torch.arange(1, 10)[:, None] * torch.ones(8)):
-        with pytest.raises(UserError, match="all the same"):
-            figures.plot_embedding({"h": same, "g": same}, torch.arange(9), ["a"] * 9)
+    line = torch.arange(1, 10)[:, None] * torch.ones(8)
+    for h in (torch.ones(9, 8), torch.zeros(9, 8), line, line / 0):
+        with pytest.raises(UserError, match="not finite or all the same"):
+            figures.plot_embedding({"h": h, "g": h}, torch.arange(9), ["a"] * 9)
     two = torch.eye(8)[torch.arange(40) % 2]
     figure = figures.plot_embedding({"two": two, "nearly one": 1 + 1e-5 * two}, two[:, 0], ["a"])
     for axis in figure.axes:

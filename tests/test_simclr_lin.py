@@ -228,12 +228,8 @@ EASY = "finetune_epochs=12", "finetune_learning_rate=0.1"
 
 def change_test_set(monkeypatch, change):
     """Let `load_split` return another test set."""
-    load = simclr_lin.load_split
-    monkeypatch.setattr(
-        simclr_lin,
-        "load_split",
-        lambda cfg, name: change(load(cfg, name)) if name == "test" else load(cfg, name),
-    )
+    load, changed = simclr_lin.load_split, {"train": lambda split: split, "test": change}
+    monkeypatch.setattr(simclr_lin, "load_split", lambda cfg, name: changed[name](load(cfg, name)))
 
 
 def test_every_protocol_tells_classes_that_are_easy_to_tell(evaluate, plain_colors, monkeypatch):
@@ -455,11 +451,8 @@ def test_candidates_are_scored_on_the_held_out_images_alone(toy):
 
 def test_the_penalty_of_the_logistic_regression_is_chosen(evaluate, plain_colors, monkeypatch):
     fitted, fit = [], classifiers.LogisticRegression.fit
-    monkeypatch.setattr(
-        classifiers.LogisticRegression,
-        "fit",
-        lambda self, x, y: fitted.append((self.C, x)) or fit(self, x, y),
-    )
+    record = lambda self, x, y: fitted.append((self.C, x)) or fit(self, x, y)  # noqa: E731
+    monkeypatch.setattr(classifiers.LogisticRegression, "fit", record)
     [row] = evaluate(f"data_dir={plain_colors}", "protocols=[logistic]")["protocols"]
     *tried, (c, x) = fitted
     assert [len(x) for _, x in tried] == [21] * len(protocols.INVERSE_PENALTIES) and len(x) == 24
@@ -503,7 +496,7 @@ def test_few_labels_are_stratified_drawn_by_seed_and_the_same_for_every_encoder(
     assert (checkpoint.parent / "results_labels2.json").read_text() == before
     for overrides, reason in (
         (["labels=9"], "9 images of each class are too many"),
-        (["labels=1", "protocols=[logistic]"], "no class has two labelled images, to hold one out"),
+        (["labels=1", "protocols=[logistic]"], "no class has two labelled images: take more"),
     ):
         with pytest.raises(UserError, match=reason):
             evaluate(*overrides)
@@ -557,23 +550,10 @@ def test_fine_tuning_in_float16_is_computed_in_float32(evaluate, monkeypatch):
     assert seen == {"fp32"}
 
 
-def test_crops_are_those_of_the_checkpoint_unless_the_command_line_has_others(thin, toy, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    simclr.pretrain(toy("epochs=1", "crop_scale=[0.3,0.9]", "flip_probability=0"), run)
-    for given, crops in (((), ([0.3, 0.9], 0)), (["crop_scale"], ([0.08, 1.0], 0))):
-        cfg = toy("protocols=[knn]")
-        results = simclr_lin.evaluate(cfg, run / "simclr_resnet18_epoch1.pt", run, {*given})
-        used = results["evaluation_config"]
-        assert (used["crop_scale"], used["flip_probability"]) == crops
-
-
-def test_layers_that_are_trained_at_once_are_those_of_each_rate_alone(toy, plain_colors):
+def test_layers_that_are_trained_at_once_are_those_of_each_rate_alone(toy):
     torch.manual_seed(0)
-    views, labels = torch.randn(2, 30, 4), torch.arange(30) % 3
-    train = Split(torch.zeros(30, 3, 8, 8), labels, ["a", "b", "c"])
     cfg = toy("finetune_epochs=5", "batch_size=7", "finetune_learning_rate=null")
-    task = classifiers.Task(cfg, None, train, None, h=views[0], test_h=views[0], name="")
+    task, views = small_task(cfg), torch.randn(2, 30, 4)
     candidates = protocols.sgd_settings(cfg, [0.1, 3.0])
     assert [settings["learning_rate"] for settings in candidates] == [0.1 * 7 / 256, 3 * 7 / 256]
     candidates = [{**candidates[0], "learning_rate": 1e30}, *candidates]  # one that diverges
@@ -595,18 +575,21 @@ def test_linear_layers_choose_their_rate_by_default_and_finetune_has_one(evaluat
     assert row["settings"]["learning_rate"] == 0.1 * 8 / 256  # there is none to choose on
 
 
-def test_architecture_and_size_come_from_the_checkpoint(thin, toy, spy, tmp_path):
+def test_architecture_size_and_crops_come_from_the_checkpoint(thin, toy, spy, tmp_path):
+    """The crops unless the command line has others."""
     run = tmp_path / "run"
     run.mkdir()
-    simclr.pretrain(toy("epochs=1", "cifar_stem=false", "hidden_dim=16", "image_size=32"), run)
-    file = run / "simclr_resnet18_epoch1.pt"
-    cfg = toy("protocols=[knn]")
-    results = simclr_lin.evaluate(cfg, file, run, frozenset({"seed"}))
+    model, crops = ("cifar_stem=false", "hidden_dim=16"), "crop_scale=[0.3,0.9]"
+    simclr.pretrain(toy("epochs=1", "image_size=32", *model, crops, "flip_probability=0"), run)
+    file, cfg = run / "simclr_resnet18_epoch1.pt", toy("protocols=[knn]")
+    for given, crop_scale in ({"seed"}, [0.3, 0.9]), ({"crop_scale"}, [0.08, 1.0]):
+        used = simclr_lin.evaluate(cfg, file, run, given)["evaluation_config"]
+        assert (used["crop_scale"], used["flip_probability"]) == (crop_scale, 0)
+        assert used["image_size"] == 32
     assert spy["encoders"][0].conv1.kernel_size == (7, 7)
     assert {side for _, _, side, _ in spy["calls"]} == {32}
-    assert results["evaluation_config"]["image_size"] == 32
     with pytest.raises(ConfigError, match=r"image_size=8: must be 32, as in "):
-        simclr_lin.evaluate(cfg, file, run, frozenset({"image_size", "seed"}))
+        simclr_lin.evaluate(cfg, file, run, {"image_size", "seed"})
 
 
 def test_one_class_is_refused(toy, write_images, checkpoint, tmp_path):

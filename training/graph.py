@@ -11,7 +11,7 @@ EAGER_STEPS = 3  # before a recording: cuDNN chooses its algorithms, the optimiz
 
 
 class GraphedStep:
-    """Record a training step once for each view size, and replay it from then on.
+    """Record a training step each time the view size changes, and replay it from then on.
 
     A step of ResNet-18 has 3,000 kernels; launching them one by one takes a fast GPU longer than
     running them (docs/gpu.md). The first steps of each size run eagerly. Numbers are part of a
