@@ -451,7 +451,11 @@ def test_candidates_are_scored_on_the_held_out_images_alone(toy):
 
 def test_the_penalty_of_the_logistic_regression_is_chosen(evaluate, plain_colors, monkeypatch):
     fitted, fit = [], classifiers.LogisticRegression.fit
-    record = lambda self, x, y: fitted.append((self.C, x)) or fit(self, x, y)  # noqa: E731
+
+    def record(self, x, y):
+        fitted.append((self.C, x))
+        return fit(self, x, y)
+
     monkeypatch.setattr(classifiers.LogisticRegression, "fit", record)
     [row] = evaluate(f"data_dir={plain_colors}", "protocols=[logistic]")["protocols"]
     *tried, (c, x) = fitted
@@ -475,9 +479,7 @@ def test_nothing_is_chosen_on_the_test_set(evaluate, spy, monkeypatch):
         assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def test_few_labels_are_stratified_drawn_by_seed_and_the_same_for_every_encoder(
-    evaluate, checkpoint, tasks
-):
+def test_few_labels_are_stratified_and_the_same_for_every_encoder(evaluate, checkpoint, tasks):
     overrides = "labels=2", "runs=2", "baselines=[random,pixels]", "seed=3", "protocols=[knn]"
     results = evaluate(*overrides)
     splits = [task.train for name, task in tasks if name == "knn"]
@@ -567,29 +569,27 @@ def test_layers_that_are_trained_at_once_are_those_of_each_rate_alone(toy):
 
 def test_linear_layers_choose_their_rate_by_default_and_finetune_has_one(evaluate):
     results = evaluate("finetune_learning_rate=null", "protocols=[linear,linear_clean,finetune]")
-    tried = [len(row["selections"][0]["candidates"]) if row["selections"] else 0
-             for row in results["protocols"]]  # fmt: skip
-    assert tried == [len(protocols.LINEAR_RATES)] * 2 + [0]
-    assert results["protocols"][2]["settings"]["learning_rate"] == 0.1 * 8 / 256
+    *linear, tuned = results["protocols"]
+    for row in linear:
+        assert len(row["selections"][0]["candidates"]) == len(protocols.LINEAR_RATES)
+    assert tuned["selections"] == [] and tuned["settings"]["learning_rate"] == 0.1 * 8 / 256
     [row] = evaluate("finetune_learning_rate=null", "protocols=[linear]", "labels=1")["protocols"]
     assert row["settings"]["learning_rate"] == 0.1 * 8 / 256  # there is none to choose on
 
 
 def test_architecture_size_and_crops_come_from_the_checkpoint(thin, toy, spy, tmp_path):
     """The crops unless the command line has others."""
-    run = tmp_path / "run"
-    run.mkdir()
     model, crops = ("cifar_stem=false", "hidden_dim=16"), "crop_scale=[0.3,0.9]"
-    simclr.pretrain(toy("epochs=1", "image_size=32", *model, crops, "flip_probability=0"), run)
-    file, cfg = run / "simclr_resnet18_epoch1.pt", toy("protocols=[knn]")
+    simclr.pretrain(toy("epochs=1", "image_size=32", *model, crops, "flip_probability=0"), tmp_path)
+    file, cfg = tmp_path / "simclr_resnet18_epoch1.pt", toy("protocols=[knn]")
     for given, crop_scale in ({"seed"}, [0.3, 0.9]), ({"crop_scale"}, [0.08, 1.0]):
-        used = simclr_lin.evaluate(cfg, file, run, given)["evaluation_config"]
+        used = simclr_lin.evaluate(cfg, file, tmp_path, given)["evaluation_config"]
         assert (used["crop_scale"], used["flip_probability"]) == (crop_scale, 0)
         assert used["image_size"] == 32
     assert spy["encoders"][0].conv1.kernel_size == (7, 7)
     assert {side for _, _, side, _ in spy["calls"]} == {32}
     with pytest.raises(ConfigError, match=r"image_size=8: must be 32, as in "):
-        simclr_lin.evaluate(cfg, file, run, {"image_size", "seed"})
+        simclr_lin.evaluate(cfg, file, tmp_path, {"image_size", "seed"})
 
 
 def test_one_class_is_refused(toy, write_images, checkpoint, tmp_path):
