@@ -115,8 +115,6 @@ def main(cfg: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     given = frozenset(override.split("=")[0].lstrip("+") for override in overrides)
     checkpoint = Path(checked.checkpoint or out_dir)
-    alone = cfg.load_epoch is None or checkpoint.is_dir()
-    checked.require("load_epoch", alone, "null where checkpoint is a file")
     backbone = cfg.backbone if checked.checkpoint is None or "backbone" in given else None
     checkpoint = find_checkpoint(checkpoint, backbone, cfg.load_epoch)
     with locked(out_dir, "simclr_lin"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import Architecture, keys
+from config import Architecture, ConfigError, keys
 from models import SimCLR
 from system.errors import OUT_OF_MEMORY, UserError
 
@@ -131,8 +131,13 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, int]:
 
 
 def find_checkpoint(path: Path, backbone: str | None = None, epoch: int | None = None) -> Path:
-    """The path itself; of a run directory the newest checkpoint that fits. May raise UserError."""
+    """The path itself; of a run directory the newest checkpoint that fits.
+
+    Raises UserError if none fits, ConfigError if `epoch` is given beside a file.
+    """
     if not path.is_dir():
+        if epoch is not None:
+            raise ConfigError(f"load_epoch={epoch}: must be null where checkpoint is a file")
         return path
     found: list[tuple[str, int]] = []
     for file in path.glob("simclr_*_epoch*.pt"):

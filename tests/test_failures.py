@@ -62,7 +62,7 @@ def test_each_signal_ends_the_script_once_the_step_is_saved(command, monkeypatch
         code, error = command()
         assert signal.getsignal(number) is outside
     assert code == 128 + number and error.splitlines()[-1] == (
-        f"stopped by {name} in epoch 2 after 2 of 3 steps; the state is saved: the same command "
+        f"stopped by {name} after 1 epochs and 2 of 3 steps; the state is saved: the same command "
         "resumes"
     )
     assert last_state(Path("run"))["step"] == 5
@@ -96,7 +96,7 @@ def test_a_process_has_its_directory_for_itself_and_a_signal_ends_it_in_one_line
     assert code == 1 and error.startswith(used), error
     process.send_signal(signal.SIGTERM)
     lines = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 143 and lines[-1].startswith("stopped by SIGTERM in epoch ")
+    assert process.returncode == 143 and lines[-1].startswith("stopped by SIGTERM after ")
     assert "Traceback" not in "".join(lines) and last_state(run)["step"] >= 1
 
 

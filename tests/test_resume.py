@@ -97,7 +97,7 @@ def run(same_convolutions, thin, toy, tmp_path, monkeypatch):
         if stop is None:
             simclr.pretrain(toy(*overrides), folder)
             return folder
-        with pytest.raises(Stopped, match=r"SIGTERM in epoch .* saved: the same command resumes"):
+        with pytest.raises(Stopped, match=r"SIGTERM after .* saved: the same command resumes"):
             simclr.pretrain(toy(*overrides), folder)
         return folder
 
@@ -156,7 +156,7 @@ def test_a_signal_during_knn_ends_it_and_it_is_done_after_the_resume(run, whole,
         return knn(*args, **options)
 
     monkeypatch.setattr(simclr, "held_out_knn", interrupted)
-    with pytest.raises(Stopped, match="SIGTERM in epoch 2 after 3 of 3 steps"):
+    with pytest.raises(Stopped, match="SIGTERM after 1 epochs and 3 of 3 steps"):
         run("stopped")
     assert differences(outcome(run("stopped")), whole()) == [] and len(called) == 3
 

@@ -166,7 +166,7 @@ class Run:
         command = "the same command" if self.cfg.resume else "the same command without resume=false"
         ended = f"the state is saved: {command} resumes" if self.save() else self.unwritten["state"]
         all_reduce_max(0)  # a barrier: a rank that ends makes torchrun end the others
-        where = f" in epoch {self.epoch + 1} after {self.steps_done} of {self.steps} steps; {ended}"
+        where = f" after {self.epoch} epochs and {self.steps_done} of {self.steps} steps; {ended}"
         self.stop.act(number, where)
 
     def end_epoch(self, knn_acc: float | None, effective_rank: float | None) -> None:
