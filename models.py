@@ -2,12 +2,13 @@
 
 h = enc(x)          representation, kept for evaluation
 z = projector(h)    projection, input of the contrastive loss
-nt_xent(z1, z2)     normalised temperature-scaled cross-entropy, Eq. 1
+nt_xent(zs)         normalised temperature-scaled cross-entropy, Eq. 1
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class SimCLR(nn.Module):
     the max-pool, which would reduce a 32×32 image to 8×8 before the first residual block
     (App. B.9). By default the state dict has the keys of the published one (p3i0t/SimCLR-CIFAR10).
     `activation_checkpointing` recomputes each residual block in the backward pass: the same
-    gradients, with half (resnet18) to a third (resnet50) of the memory. `micro_batch_size`: see
-    `embed_in_micro_batches`.
+    gradients, with half (resnet18) to a third (resnet50) of the memory. `micro_batch_size`, and
+    `views` of each image in a batch: see `embed_in_micro_batches`.
 
     Attributes: `enc`, `projector`, and `feature_dim`, the size D of the representation h: 512
     for resnet18 and resnet34, else 2048. Raises ValueError for a name not in `BACKBONES`.
@@ -43,9 +44,10 @@ class SimCLR(nn.Module):
         cifar_stem: bool = True,
         activation_checkpointing: bool = False,
         micro_batch_size: int | None = None,
+        views: int = 2,
     ) -> None:
         super().__init__()
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.views = micro_batch_size, views
         if backbone not in BACKBONES:
             raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
         self.enc = BACKBONES[backbone](weights=None)
@@ -100,58 +102,61 @@ def _keep_statistics(module: nn.Module) -> tuple[AbstractContextManager, Abstrac
 
 
 def embed_in_micro_batches(model: SimCLR, views: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient caching: `model.embed` in micro-batches; views: (2N, 3, S, S), rows i, N+i: image i.
+    """Gradient caching: `model.embed` in micro-batches; views: (V·N, 3, S, S), V = `model.views`.
 
-    Both views of `micro_batch_size` images go through the model without keeping activations, and
-    again in the backward pass, when the gradient of the loss of all views is known: the memory of
-    one micro-batch, the time of a second forward pass. Batch norm takes each one's statistics once.
+    All views of `micro_batch_size` images (rows i, N+i, …) go through the model without keeping
+    activations, and again in the backward pass, when the gradient of the loss of all is known: the
+    memory of one micro-batch, the time of a second forward pass. Batch norm counts each one once.
     """
-    repeated, n = recomputed(model.embed, model), model.micro_batch_size
-    firsts, seconds = views.chunk(2)
-    h1, h2, z1, z2 = [], [], [], []
-    for pair in zip(firsts.split(n), seconds.split(n), strict=True):
-        h, z = repeated(torch.cat(pair))
-        for parts, part in zip((h1, h2, z1, z2), (*h.chunk(2), *z.chunk(2)), strict=True):
-            parts.append(part)
-    return torch.cat(h1 + h2), torch.cat(z1 + z2)
+    repeated, by_view = recomputed(model.embed, model), (model.views, -1)
+    hs, zs = [], []
+    for images in views.unflatten(0, by_view).split(model.micro_batch_size, dim=1):  # V×n×3×S×S
+        h, z = repeated(images.flatten(0, 1))
+        hs.append(h.unflatten(0, by_view))
+        zs.append(z.unflatten(0, by_view))
+    return torch.cat(hs, dim=1).flatten(0, 1), torch.cat(zs, dim=1).flatten(0, 1)
 
 
 def nt_xent(
-    z1: Tensor,
-    z2: Tensor,
+    zs: Sequence[Tensor],
     temperature: float = 0.5,
     gather: Callable[[Tensor], Tensor] = lambda z: z,
     rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """NT-Xent, Eq. 1 of the paper, averaged over all 2N views (Algorithm 1).
+    """NT-Xent, Eq. 1 of the paper, averaged over all positive pairs of views (Algorithm 1).
 
         l(i, j) = -log( exp(sim(z_i, z_j) / τ) / Σ_{k≠i} exp(sim(z_i, z_k) / τ) )
 
-    z1, z2: (N, d), N >= 1, of any floating type; row i of both comes from image i, and the other
-    2N-2 rows are its negatives. sim is the cosine, negative values included. Everything is
-    computed in float32, under autocast too: a half-precision softmax loses the small terms.
-    With several ranks z1 and z2 are the N images of this rank, `gather` concatenates the rows of
-    all ranks in order of rank, and the loss is the mean over this rank's 2N views.
+    zs: the projections of each view, V >= 2 times (N, d), N >= 1, of any floating type; row i of
+    each comes from image i. The paper has V = 2; with more, any two views of an image are a pair,
+    and k is j or one of the V(N-1) views of other images: other positives are in no denominator.
+    sim is the cosine, negative values included. Everything is computed in float32, under autocast
+    too: a half-precision softmax loses the small terms. With several ranks zs are the N images of
+    this rank, as is the loss, and `gather` concatenates the rows of all ranks in order of rank.
 
-    Returns two float32 scalars: the loss, log(2N-1) if all embeddings are the same; and, detached,
-    the contrastive accuracy, the fraction of views whose partner is the most similar of the others.
+    Returns two float32 scalars: the loss, log(V(N-1)+1) if all embeddings are the same; and,
+    detached, the contrastive accuracy, the fraction of pairs (i, j) in which j is the most similar.
     Raises ValueError if the shapes differ, are not (N, d), or the temperature is not positive.
     """
-    if z1.shape != z2.shape or z1.dim() != 2 or len(z1) == 0:
-        raise ValueError(f"z1 and z2 must both be (N, d), N >= 1: {(*z1.shape,)}, {(*z2.shape,)}")
+    shapes = [tuple(z.shape) for z in zs]
+    if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] == 0:
+        raise ValueError(f"zs must be two or more of the same (N, d), N >= 1: {shapes}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    n, loss, nearest, device = len(z1), 0.0, [], z1.device.type
+    n, loss, nearest, device = len(zs[0]), 0.0, [], zs[0].device.type
     autocast = torch.amp.is_autocast_available(device)  # not on the meta device
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # 2N×d, rows i and N+i from image i
-        all_z, first = gather(z), 2 * n * rank  # z itself and 0 with a single rank
-        # One view at a time: the backward pass holds four matrices of N×2N (the softmax of each
-        # view, two gradients of one), as large as two of 2N×2N; both at once would take three.
-        for own, partner in ((0, n), (n, 0)):
-            similarity = (z[own : own + n] / temperature) @ all_z.T  # N×2N
-            similarity.diagonal(first + own).fill_(float("-inf"))  # k ≠ i
-            target = torch.arange(n, device=z.device) + (first + partner)  # i <-> N+i
+        z = F.normalize(torch.cat(tuple(zs)).float(), dim=1)  # VN×d, rows i, N+i, … from image i
+        all_z, first = gather(z), len(z) * rank  # z itself and 0 with a single rank
+        views = range(0, len(z), n)  # the first row of each
+        # One pair of views at a time: with V = 2 the backward pass holds four matrices of N×2N (the
+        # softmax of each, two gradients of one), as large as two of 2N×2N; at once it takes three.
+        for own, partner in permutations(views, 2):
+            similarity = (z[own : own + n] / temperature) @ all_z.T  # N×VN
+            for other in views:
+                if other != partner:  # k ≠ i, and no further positive
+                    similarity.diagonal(first + other).fill_(float("-inf"))
+            target = torch.arange(n, device=z.device) + (first + partner)  # with V = 2: i <-> N+i
             loss = loss + F.cross_entropy(similarity, target, reduction="sum")
             nearest.append(similarity.detach().argmax(dim=1) == target)
-    return loss / (2 * n), torch.cat(nearest).float().mean()
+    return loss / (n * len(nearest)), torch.cat(nearest).float().mean()

@@ -4,7 +4,7 @@
     python simclr.py recipe=digits temperature=0.1            # any key of simclr_config.yml
     torchrun --nproc_per_node=4 simclr.py                     # a quarter of the batch on each GPU
 
-Two random views of each image, one encoder, one projection head, the NT-Xent loss. The run
+Two random views of each image, or more, one encoder, one projection head, the NT-Xent loss. The run
 directory (logs/SimCLR/<dataset>/<backbone>) gets config.yaml, metrics.jsonl (a line an epoch, as
 TensorBoard gets it), checkpoints simclr_<backbone>_epoch<N>.pt for simclr_lin.py and plot.py, and
 the training state from which the same command resumes a stopped run.
@@ -43,15 +43,16 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One step of Algorithm 1: views, encoder, projection, NT-Xent, update.
 
-    batch: (N, 3, H, W), uint8, N = cfg.batch_size / ranks; noise: (38, 2N), random numbers of the
-    views (`draw`); size: of a view, in pixels. The model computes in cfg.precision (mixed),
-    `nt_xent` in float32. Returns the step metrics, detached scalars on the device.
+    batch: (N, 3, H, W), uint8, N = cfg.batch_size / ranks; noise: (38, VN), random numbers of the
+    V = cfg.views views (`draw`); size: of a view, in pixels. Rows i, N+i, … are views of image i.
+    The model computes in cfg.precision (mixed), `nt_xent` in float32. Returns the step metrics,
+    detached scalars on the device.
     """
-    views = learner.make_views(batch.repeat(2, 1, 1, 1), noise, size, cfg)  # rows i, N+i: image i
+    views = learner.make_views(batch.repeat(cfg.views, 1, 1, 1), noise, size, cfg)  # VN×3×S×S
     with autocast(views.device, cfg.precision):
-        _h, z = learner.ddp_model(views)  # 2N×D, 2N×d: the loss takes z alone
-    z1, z2 = z.chunk(2)  # N×d each
-    loss, accuracy = nt_xent(z1, z2, cfg.temperature, distributed.gather, distributed.rank())
+        _h, z = learner.ddp_model(views)  # VN×D, VN×d: the loss takes z alone
+    zs = z.chunk(cfg.views)  # N×d each
+    loss, accuracy = nt_xent(zs, cfg.temperature, distributed.gather, distributed.rank())
 
     learner.optimizer.zero_grad()
     learner.scaler.scale(loss).backward()
@@ -62,9 +63,9 @@ def train_step(
     return {
         "loss": loss.detach(),
         "contrastive_accuracy": accuracy,
-        "alignment": alignment(z1, z2),
-        "uniformity": uniformity(z1),
-        "z_std": spread(z1),
+        "alignment": alignment(zs[0], zs[1]),
+        "uniformity": uniformity(zs[0]),
+        "z_std": spread(zs[0]),
         "gradient_norm": gradient_norm,
     }
 
@@ -81,11 +82,11 @@ def train(cfg: Config, learner: Learner, images: Images, probe: Probe | None, ru
         if not isinstance(images, HostImages):
             order = order.to(images.device)
         for i in range(run.steps_done, steps):
-            step = run.epoch * steps + i
+            step = run.epoch * steps + i  # rate, size and views are functions of it and the seed
             learning_rate, size = schedule(cfg, step, cfg.epochs * steps)
             set_learning_rate(learner.optimizer, learning_rate)
             batch = images[local_shard(order[i * n : (i + 1) * n])]  # N×3×H×W, N = n / ranks
-            noise = local_shard(draw(2 * n, cfg.seed, step), views=2)  # a function of seed and step
+            noise = local_shard(draw(cfg.views * n, cfg.seed, step), views=cfg.views)
             metrics = run_step(batch, to_device(noise, batch.device), size)
             run.log_step(metrics)  # and counts it
 
@@ -107,6 +108,7 @@ def make_learner(cfg: Config, device: torch.device) -> Learner:
         cifar_stem=cfg.cifar_stem,
         activation_checkpointing=cfg.activation_checkpointing,
         micro_batch_size=cfg.micro_batch_size,
+        views=cfg.views,
     )
     model = model.to(device, memory_format=torch.channels_last).train()
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")

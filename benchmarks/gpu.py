@@ -49,12 +49,12 @@ from system.device import select_device
 
 REPOSITORY = Path(__file__).parent.parent
 SIMSIAM = ["recipe=simsiam", "learning_rate='${per_256:0.06,${batch_size}}'"]  # twice its own
-FAST = ["recipe=fast", "view_sizes=[[24,1]]"]
+FAST = ["recipe=fast", "views=2", "view_sizes=[[24,1]]"]  # more views: for short runs
 LEVERS = {  # of the race, one run each
-    "fast-t0.1": FAST,
+    "fast-t0.1": [*FAST, "temperature=0.1"],
     "fast-t0.2": [*FAST, "temperature=0.2"],
     "fast-t0.5": [*FAST, "temperature=0.5"],
-    "fast-t0.2-at-32": ["recipe=fast", "view_sizes=null", "temperature=0.2"],
+    "fast-t0.2-at-32": ["recipe=fast", "views=2", "view_sizes=null", "temperature=0.2"],
 }
 PART = 15 * 2**20  # bytes
 MODES = GRAPHED, EAGER, COMPILED = "graph", "eager", "compiled"  # compiled: as a graph too

@@ -69,7 +69,7 @@ def loss_memory(batch: int, processes: int = 1, dim: int = 128) -> float:
         tracker = MemTracker()
         tracker.track_external(*z)
         with tracker:
-            nt_xent(*z, gather=lambda own: torch.cat([own] * processes))[0].backward()
+            nt_xent(z, gather=lambda own: torch.cat([own] * processes))[0].backward()
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 

@@ -81,7 +81,7 @@ class Plain:
     def step(self, pair: tuple[Tensor, Tensor]) -> None:
         """One step in float32 on a batch of the loader."""
         _, z = self.model.train()(torch.cat(pair).to(self.device))
-        loss, _ = nt_xent(*z.chunk(2), self.temperature)
+        loss, _ = nt_xent(z.chunk(2), self.temperature)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

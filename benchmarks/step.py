@@ -64,7 +64,7 @@ def parts(cfg: Config, images: Tensor) -> dict[str, list[float]]:
 
     functions = {
         "augmentation": augment,
-        "loss and its gradient": lambda: nt_xent(*z, 0.5)[0].backward(),
+        "loss and its gradient": lambda: nt_xent(z, 0.5)[0].backward(),
         "optimizer": learner.optimizer.step,
         "logging": lambda: torch.stack([totals[0], totals[1]]),
     }

@@ -24,7 +24,7 @@ from training.run import Learner
 
 CASES = {  # the first without batch norm, the others with that of 8 or 4 images
     "whole batch": [],
-    "statistics of 8 images": [],
+    "statistics of 8 images": ["views=3"],
     "lars": ["optimizer=lars", "learning_rate=4", "activation_checkpointing=true"],
 }
 

@@ -1,7 +1,6 @@
 """Each benchmark is a command that ends with one JSON object; here as small as it goes."""
 
 import importlib
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from conftest import REPOSITORY
 import simclr
 from images.augment import draw
 from images.datasets import Split
-from models import nt_xent
 from system.checkpoint import load_encoder
 from training.optim import set_learning_rate
 
@@ -93,29 +91,11 @@ def test_the_hour_with_a_gpu_runs_on_a_cpu_too(benchmark, call, write_images, tm
 def test_the_race_looks_at_every_checkpoint_from_the_last(benchmark, call, write_images):
     data = write_images(Path("images"), train=8, test=3)
     run = ["image_size=8", "view_sizes=[[8,1]]", "batch_size=8", "epochs=3", "log_interval=1", FP32]
-    script = "--script", str(REPOSITORY / "benchmarks" / "four_views.py")
-    small = *script, "--seed", "0", "--batch", "8", "--repeats", "1", "--run", *run
+    small = "--seed", "0", "--batch", "8", "--repeats", "1", "--run", *run
     found = benchmark("race.py", str(data), "--target", "0", *small)
     assert 0 < found["seconds"] < 100 and found["plain_steps"] > 0
     times = [line for line in call.stdout.splitlines() if ": kNN" in line]
     assert [line.split("_epoch")[1][0] for line in times] == ["3", "2", "1"]
-
-
-def test_four_views_are_every_pair_of_views_of_an_image(module):
-    four = module("four_views")
-    z, image = torch.randn(12, 5), torch.tensor([0, 0, 1, 1, 2, 2]).repeat(2)
-    s = torch.exp(torch.cosine_similarity(z[:, None], z[None], dim=2) / 0.3)
-    expected = []
-    for i, j in itertools.permutations(range(12), 2):
-        if image[i] == image[j]:
-            negatives = s[i][image != image[i]].sum()
-            expected.append(-torch.log(s[i, j] / (s[i, j] + negatives)))
-    found = four.four_views(z[:6], z[6:], 0.3)[0]
-    torch.testing.assert_close(found, torch.stack(expected).mean())
-    with_two = four.every_pair(z, torch.arange(6).repeat(2), 0.3)
-    torch.testing.assert_close(with_two, nt_xent(z[:6], z[6:], 0.3))
-    halves = torch.cat([four.half_pass(8, seed=0, epoch=epoch) for epoch in (2, 3)])
-    assert halves[::2].equal(halves[1::2]) and {*halves.tolist()} == {*range(8)}
 
 
 @pytest.mark.parametrize(

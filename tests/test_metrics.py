@@ -85,8 +85,9 @@ def test_the_last_line_names_loss_and_accuracy_of_a_collapsed_encoder(config):
     measured = {**line, "knn_acc": 0.5, "effective_rank": 20.04}
     text += ", kNN 50.0% (training images), effective rank 20.0 (untrained: 3.2)"
     assert summary(measured, cfg, 3.2) == text
-    z = torch.ones(2, 512, 8)  # log(2N - 1), as the loss itself gives
-    assert f"{nt_xent(*z)[0].item():.4f}" == "6.9305"
+    for views, loss in ((2, "6.9305"), (4, "7.6232")):  # as the loss itself gives
+        assert f"{nt_xent(torch.ones(views, 512, 8))[0].item():.4f}" == loss
+        assert f"collapsed: {loss}" in summary(measured, config(f"views={views}"), 3.2)
 
 
 class Broken(ModuleType):

@@ -1,6 +1,7 @@
 """The architecture against torchvision, the loss and a step against slow transcriptions."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -41,7 +42,7 @@ def pairs(n: int, d: int) -> tuple[Tensor, Tensor]:
 def test_nt_xent_is_algorithm_1(device, n, temperature):
     """Loss and gradient."""
     found, expected = ([z.requires_grad_() for z in pairs(n, 5)] for _ in range(2))
-    loss, _ = nt_xent(*(z.to(device) for z in found), temperature)
+    loss, _ = nt_xent([z.to(device) for z in found], temperature)
     exact = algorithm_1(*expected, temperature)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-6)
@@ -53,20 +54,20 @@ def test_nt_xent_is_algorithm_1(device, n, temperature):
 def test_a_positive_pair_with_negative_cosine_is_pulled_together():
     z1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     z2 = torch.tensor([[-1.0, 0.2], [0.2, -1.0]])
-    nt_xent(z1, z2)[0].backward()
+    nt_xent((z1, z2))[0].backward()
     assert (z1.grad * z2).sum(dim=1).max() < 0  # a step against the gradient raises the cosine
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 512])
 def test_identical_embeddings_give_log_of_the_number_of_candidates(n):
     z = torch.ones(n, 4)
-    assert nt_xent(z, z)[0].item() == pytest.approx(math.log(2 * n - 1), abs=1e-5)
+    assert nt_xent((z, z))[0].item() == pytest.approx(math.log(2 * n - 1), abs=1e-5)
 
 
 def test_low_temperature_does_not_overflow():
     z1, z2 = pairs(16, 8)
     z1.requires_grad_()
-    loss, _ = nt_xent(z1, z2, 1e-3)  # exp(1000) is infinite in float32
+    loss, _ = nt_xent((z1, z2), 1e-3)  # exp(1000) is infinite in float32
     loss.backward()
     assert loss.isfinite() and z1.grad.isfinite().all()
 
@@ -75,25 +76,50 @@ def test_low_temperature_does_not_overflow():
 def test_half_precision_input_is_computed_in_float32_under_autocast(device, dtype):
     z1, z2 = (z.to(dtype) for z in pairs(32, 16))
     with torch.autocast(device.type, dtype=dtype):
-        loss, _ = nt_xent(z1.to(device), z2.to(device), 0.1)
+        loss, _ = nt_xent((z1.to(device), z2.to(device)), 0.1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(algorithm_1(z1, z2, 0.1).item(), rel=1e-5)
 
 
 def test_contrastive_accuracy_is_the_share_of_views_whose_partner_is_nearest():
     z = torch.eye(4)
-    loss, accuracy = nt_xent(z.clone().requires_grad_(), z)
+    loss, accuracy = nt_xent((z.clone().requires_grad_(), z))
     assert accuracy.item() == 1 and not accuracy.requires_grad and loss.requires_grad
-    assert nt_xent(z, z[[1, 0, 2, 3]])[1].item() == 0.5  # two partners exchanged: 4 of 8 views
+    assert nt_xent((z, z[[1, 0, 2, 3]]))[1].item() == 0.5  # two partners exchanged: 4 of 8 views
 
 
-@pytest.mark.parametrize(
-    ("shape1", "shape2", "temperature"),
-    [((2, 3), (3, 3), 0.5), ((0, 3), (0, 3), 0.5), ((3,), (3,), 0.5), ((2, 3), (2, 3), 0.0)],
-)
-def test_nt_xent_refuses_what_eq_1_does_not_define(shape1, shape2, temperature):
-    with pytest.raises(ValueError, match=r"z1 and z2|temperature"):
-        nt_xent(torch.ones(shape1), torch.ones(shape2), temperature)
+@pytest.mark.parametrize("shapes", [[(2, 3), (3, 3)], [(0, 3)] * 2, [(3,)] * 2, [(2, 3)]])
+def test_nt_xent_refuses_what_eq_1_does_not_define(shapes):
+    with pytest.raises(ValueError, match="zs must be two or more"):
+        nt_xent([torch.ones(shape) for shape in shapes])
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        nt_xent(torch.ones(2, 2, 3), 0.0)
+
+
+def test_with_more_views_every_two_of_an_image_are_a_positive_pair():
+    """Against a direct sum: the negatives of a pair are all views of the other images."""
+    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    image = torch.arange(3).repeat(4)
+    s = torch.exp(torch.cosine_similarity(z[:, None], z[None], dim=2) / 0.3)
+    losses, nearest = [], []
+    for i, j in itertools.permutations(range(12), 2):
+        if image[i] == image[j]:
+            negatives = s[i][image != image[i]]
+            losses.append(-torch.log(s[i, j] / (s[i, j] + negatives.sum())))
+            nearest.append((s[i, j] > negatives).all().float())
+    loss, accuracy = nt_xent(z.chunk(4), 0.3)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert accuracy == torch.stack(nearest).mean() and 0 < accuracy < 1
+
+
+def test_a_training_step_takes_all_views_of_an_image(thin, toy):
+    cfg = toy("precision=fp32", "views=3", "batch_size=4")
+    learner, noise = make_learner(cfg, torch.device("cpu")), draw(12, seed=0, step=0)
+    batch = torch.randint(0, 256, (4, 3, 12, 12), dtype=torch.uint8)
+    views = random_views(batch.repeat(3, 1, 1, 1), noise, 8, cfg)
+    expected = nt_xent(copy.deepcopy(learner.model)(views)[1].chunk(3), cfg.temperature)
+    found = train_step(cfg, learner, batch, noise, 8)
+    assert (found["loss"], found["contrastive_accuracy"]) == expected
 
 
 def test_a_training_step_is_the_papers(thin, toy):
@@ -187,7 +213,7 @@ def train_pass(device: torch.device, dtype: torch.dtype, **options: object) -> S
     for _ in range(2):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             _, z = model(torch.rand(8, 3, 8, 8).to(device))
-        nt_xent(*z.chunk(2))[0].backward()
+        nt_xent(z.chunk(2))[0].backward()
     return model
 
 
@@ -221,9 +247,9 @@ def test_recomputing_holds_few_activations(options):
 
 
 @pytest.mark.usefixtures("same_convolutions")
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 6])
+@pytest.mark.parametrize(("micro_batch_size", "count"), [(1, 2), (2, 3), (3, 2), (3, 4), (6, 2)])
 def test_without_batch_norm_micro_batches_are_the_whole_batch(
-    device, monkeypatch, micro_batch_size
+    device, monkeypatch, micro_batch_size, count
 ):
     """The same embeddings in the same rows, and the same gradients of one loss over all views."""
     options = {"norm_layer": lambda width: nn.GroupNorm(1, width)}
@@ -231,12 +257,12 @@ def test_without_batch_norm_micro_batches_are_the_whole_batch(
     torch.manual_seed(0)
     whole = SimCLR(projection_dim=8, hidden_dim=16).train().to(device)
     parts = copy.deepcopy(whole)
-    parts.micro_batch_size = micro_batch_size
+    parts.micro_batch_size, parts.views = micro_batch_size, count
     views = torch.rand(12, 3, 8, 8).to(device)
     for a, b in zip(parts(views), whole(views), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for model in (parts, whole):
-        nt_xent(*model(views)[1].chunk(2))[0].backward()
+        nt_xent(model(views)[1].chunk(count))[0].backward()
     scale = max(weight.grad.abs().max() for weight in whole.parameters()).item()
     for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * scale)
@@ -260,7 +286,7 @@ def test_with_batch_norm_each_micro_batch_has_its_own_statistics_counted_once(
     expected = [torch.cat(half) for half in zip(*parts, strict=True)]
     found = model.train()(views)[1].chunk(2)
     for embeddings in (found, expected):
-        nt_xent(*embeddings)[0].backward()
+        nt_xent(embeddings)[0].backward()
     scale = max(weight.grad.abs().max() for weight in plain.parameters()).item()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * scale)

@@ -84,7 +84,7 @@ def embeddings(draw_from):
 def test_the_loss_is_bounded_and_does_not_see_order_length_or_rotation(pair, rng):
     """Between the loss of perfect and of opposite pairs: |sim| <= 1 bounds each term of Eq. 1."""
     z1, z2, temperature = pair
-    loss, accuracy = nt_xent(z1, z2, temperature)
+    loss, accuracy = nt_xent((z1, z2), temperature)
     n = len(z1)
     low = math.log1p((2 * n - 2) * math.exp(-2 / temperature))
     high = math.log1p((2 * n - 2) * math.exp(2 / temperature))
@@ -93,7 +93,7 @@ def test_the_loss_is_bounded_and_does_not_see_order_length_or_rotation(pair, rng
     rotation = torch.linalg.qr(torch.randn(z1.shape[1], z1.shape[1]))[0]
     same = (z2, z1), (z1[order], z2[order]), (3 * z1, 0.5 * z2), (z1 @ rotation, z2 @ rotation)
     for a, b in same:
-        found = nt_xent(a, b, temperature)[0].item()
+        found = nt_xent((a, b), temperature)[0].item()
         assert found == pytest.approx(loss.item(), rel=1e-3, abs=1e-4)
 
 
@@ -101,13 +101,13 @@ def test_the_loss_is_bounded_and_does_not_see_order_length_or_rotation(pair, rng
 def test_the_gradient_is_finite_and_a_step_along_it_lowers_the_loss(pair):
     z1, z2, temperature = pair
     z1 = z1.clone().requires_grad_()
-    loss, _ = nt_xent(z1, z2, temperature)
+    loss, _ = nt_xent((z1, z2), temperature)
     loss.backward()
     assert z1.grad.isfinite().all()
     norm = z1.grad.norm().item()
     if norm > 1e-3:
         step = z1.detach() - 1e-3 * z1.norm(dim=1).min().item() * temperature * z1.grad / norm
-        assert nt_xent(step, z2, temperature)[0] <= loss + 1e-5
+        assert nt_xent((step, z2), temperature)[0] <= loss + 1e-5
 
 
 words = st.text(max_size=12) | st.sampled_from(

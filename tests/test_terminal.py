@@ -15,15 +15,7 @@ from hydra.errors import HydraException
 
 from config import ConfigError
 from system import errors
-from system.errors import (
-    STOP,
-    Stopped,
-    StopSignals,
-    UserError,
-    describe,
-    error_boundary,
-    progress_bar,
-)
+from system.errors import STOP, Stopped, StopSignals, UserError, describe, error_boundary
 
 TRAIN = ["dataset=digits", "image_size=8", "batch_size=256", "hidden_dim=8", "projection_dim=8",
          "knn_interval=0", "epochs=1", "device=cpu", "compile=false"]  # fmt: skip
@@ -78,7 +70,7 @@ def flush_at_exit():
 def test_what_cannot_be_written_ends_nothing_and_changes_no_exit_code(terminal, monkeypatch, name):
     terminal(name)
     monkeypatch.setattr(logging, "raiseExceptions", False)  # as run_command does
-    with error_boundary(), progress_bar(total=2) as bar:
+    with error_boundary(), errors.progress_bar(total=2) as bar:
         log = logging.Logger("a run")
         log.addHandler(logging.StreamHandler(sys.stdout))
         log.info("a line")

@@ -23,7 +23,7 @@ class GraphedStep:
         self.size, self.eager_steps, self.graph = 0, 0, None
 
     def __call__(self, batch: Tensor, noise: Tensor, size: int) -> dict[str, Tensor]:
-        """One step; batch: (N, 3, H, W), uint8; noise: from `images.augment.draw`, 2N columns."""
+        """One step; batch: (N, 3, H, W), uint8; noise: as `train_step` takes it."""
         if size != self.size:
             self.size, self.eager_steps, self.graph = size, 0, None
         if self.eager_steps < EAGER_STEPS:

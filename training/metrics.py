@@ -53,15 +53,20 @@ def warn_of_collapse(history: list[dict[str, float | None]], cfg: Config) -> Non
 def is_collapsed(line: dict[str, float | None], cfg: Config) -> bool:
     """Whether the spread is below a tenth of the largest, and accuracy at most twice chance."""
     narrow = line["z_std"] < 0.1 / math.sqrt(cfg.projection_dim)
-    return narrow and line["contrastive_accuracy"] <= 2 / (2 * cfg.batch_size - 1)
+    return narrow and line["contrastive_accuracy"] <= 2 / candidates(cfg)
+
+
+def candidates(cfg: Config) -> int:
+    """The number of views from which `nt_xent` tells the partner: it and the negatives."""
+    return cfg.views * (cfg.batch_size - 1) + 1
 
 
 def summary(line: dict[str, float | None], cfg: Config, untrained_rank: float | None) -> str:
     """An epoch in words: loss and contrastive accuracy beside those of a collapsed encoder."""
-    others = 2 * cfg.batch_size - 1
+    n = candidates(cfg)
     text = (
-        f"epoch {line['epoch']}: loss {line['loss']:.4f} (collapsed: {math.log(others):.4f}), "
-        f"contrastive accuracy {line['contrastive_accuracy']:.1%} (collapsed: {1 / others:.1%})"
+        f"epoch {line['epoch']}: loss {line['loss']:.4f} (collapsed: {math.log(n):.4f}), "
+        f"contrastive accuracy {line['contrastive_accuracy']:.1%} (collapsed: {1 / n:.1%})"
     )
     if line["knn_acc"] is not None:
         text += f", kNN {line['knn_acc']:.1%} (training images)"

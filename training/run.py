@@ -180,7 +180,7 @@ class Run:
             "effective_rank": effective_rank,
             "learning_rate": learning_rate,  # of the last step, as the view size
             "view_size": size,
-            "views_per_second": 2 * self.cfg.batch_size * self.steps / self.seconds,
+            "views_per_second": self.cfg.views * self.cfg.batch_size * self.steps / self.seconds,
             "seconds": self.seconds,
         }
         self.history.append(line)
