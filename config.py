@@ -71,7 +71,7 @@ class Pretraining:
     precision: str = one_of(PRECISIONS)
     sync_batchnorm: bool
     batch_size: int = between(2)  # a batch of one has no negatives
-    views: int = between(2, 16)
+    views: int = between(2)
     micro_batch_size: int | None = between(1)
     epochs: int = between(1)
     temperature: float = between(0, above=True)

@@ -105,8 +105,8 @@ def embed_in_micro_batches(model: SimCLR, views: Tensor) -> tuple[Tensor, Tensor
     """Gradient caching: `model.embed` in micro-batches; views: (V·N, 3, S, S), V = `model.views`.
 
     All views of `micro_batch_size` images (rows i, N+i, …) go through the model without keeping
-    activations, and again in the backward pass, when the gradient of the loss of all is known: the
-    memory of one micro-batch, the time of a second forward pass. Batch norm counts each one once.
+    activations, and again in the backward pass, when the gradient of the loss of all views is
+    known: the memory of one, the time of a second forward pass. Batch norm counts each once.
     """
     repeated, by_view = recomputed(model.embed, model), (model.views, -1)
     hs, zs = [], []
@@ -129,14 +129,14 @@ def nt_xent(
 
     zs: the projections of each view, V >= 2 times (N, d), N >= 1, of any floating type; row i of
     each comes from image i. The paper has V = 2; with more, any two views of an image are a pair,
-    and k is j or one of the V(N-1) views of other images: other positives are in no denominator.
+    and k is j or one of the V(N-1) views of other images: the denominator has no other positive.
     sim is the cosine, negative values included. Everything is computed in float32, under autocast
-    too: a half-precision softmax loses the small terms. With several ranks zs are the N images of
-    this rank, as is the loss, and `gather` concatenates the rows of all ranks in order of rank.
+    too: a half-precision softmax loses the small terms. With several ranks zs are of the images of
+    this rank, over which the loss is the mean; `gather` concatenates the rows of all, in order.
 
     Returns two float32 scalars: the loss, log(V(N-1)+1) if all embeddings are the same; and,
-    detached, the contrastive accuracy, the fraction of pairs (i, j) in which j is the most similar.
-    Raises ValueError if the shapes differ, are not (N, d), or the temperature is not positive.
+    detached, the contrastive accuracy, the fraction of pairs in which j is the most similar of k.
+    Raises ValueError for one view, shapes that differ or are not (N, d), temperature not positive.
     """
     shapes = [tuple(z.shape) for z in zs]
     if len(shapes) < 2 or len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] == 0:
@@ -150,7 +150,7 @@ def nt_xent(
         all_z, first = gather(z), len(z) * rank  # z itself and 0 with a single rank
         views = range(0, len(z), n)  # the first row of each
         # One pair of views at a time: with V = 2 the backward pass holds four matrices of N×2N (the
-        # softmax of each, two gradients of one), as large as two of 2N×2N; at once it takes three.
+        # softmax of each, two gradients of one), as large as two of 2N×2N; both at once: three.
         for own, partner in permutations(views, 2):
             similarity = (z[own : own + n] / temperature) @ all_z.T  # N×VN
             for other in views:

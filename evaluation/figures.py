@@ -40,7 +40,7 @@ def plot_curves(metrics: list[dict[str, Any]]) -> Figure:
         raise UserError("there is no epoch to show yet")
     panels = {
         "loss": ("NT-Xent loss", "nats", 1),
-        "contrastive_accuracy": ("Contrastive accuracy", "% of the views", 100),
+        "contrastive_accuracy": ("Contrastive accuracy", "% of the pairs", 100),
         "learning_rate": ("Learning rate", "at the epoch's last step", 1),
         "knn_acc": ("kNN among training images", "accuracy in %", 100),
         "effective_rank": ("Effective rank of h", "RankMe", 1),

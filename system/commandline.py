@@ -35,7 +35,7 @@ def register_config() -> None:
     """
     resolvers = {
         "per_256": lambda base, batch_size: base * batch_size / 256,
-        "times_root": lambda base, batch_size: base * batch_size**0.5,
+        "times_root": lambda base, batch_size, views=1: base * (batch_size * views) ** 0.5,
         "directory_name": directory_name,
     }
     for name, resolver in resolvers.items():

@@ -126,7 +126,8 @@ def test_learning_rates_follow_the_batch_size_that_is_composed_in_the_end(config
         (["recipe=simsiam"], 0.06),
         (["recipe=simsiam", "batch_size=256"], 0.03),
         (["recipe=paper"], 4),  # with its own batch size, 1024
-        (["recipe=fast"], 0.0062 * 128**0.5),
+        (["recipe=fast"], 0.0031 * 512**0.5),
+        (["recipe=fast", "views=2", "batch_size=64"], 0.0031 * 128**0.5),
         (["batch_size=1024", "learning_rate='${times_root:0.075,${batch_size}}'"], 2.4),
     ):
         assert config(*overrides).learning_rate == pytest.approx(rate), overrides
@@ -143,6 +144,7 @@ BAD = [
     ("batch_size", "1.5", INTEGER),
     ("batch_size", "null", "is not Optional"),
     ("batch_size", "1", "a number from 2"),
+    ("views", "1", "a number from 2"),
     ("temperature", "0", "a number above 0"),
     ("temperature", "nan", "a number above 0"),
     ("temperature", "inf", "a number above 0"),

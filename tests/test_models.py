@@ -98,7 +98,7 @@ def test_nt_xent_refuses_what_eq_1_does_not_define(shapes):
 
 def test_with_more_views_every_two_of_an_image_are_a_positive_pair():
     """Against a direct sum: the negatives of a pair are all views of the other images."""
-    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     image = torch.arange(3).repeat(4)
     s = torch.exp(torch.cosine_similarity(z[:, None], z[None], dim=2) / 0.3)
     losses, nearest = [], []
@@ -108,7 +108,9 @@ def test_with_more_views_every_two_of_an_image_are_a_positive_pair():
             losses.append(-torch.log(s[i, j] / (s[i, j] + negatives.sum())))
             nearest.append((s[i, j] > negatives).all().float())
     loss, accuracy = nt_xent(z.chunk(4), 0.3)
-    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    both = loss, torch.stack(losses).mean()
+    found, exact = ((x, *torch.autograd.grad(x, z, retain_graph=True)) for x in both)
+    torch.testing.assert_close(found, exact)
     assert accuracy == torch.stack(nearest).mean() and 0 < accuracy < 1
 
 

@@ -57,7 +57,7 @@ def is_collapsed(line: dict[str, float | None], cfg: Config) -> bool:
 
 
 def candidates(cfg: Config) -> int:
-    """The number of views from which `nt_xent` tells the partner: it and the negatives."""
+    """How many views compete in `nt_xent`, of all ranks: the partner and the negatives."""
     return cfg.views * (cfg.batch_size - 1) + 1
 
 
