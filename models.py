@@ -132,7 +132,7 @@ def nt_xent(
     and k is j or one of the V(N-1) views of other images: the denominator has no other positive.
     sim is the cosine, negative values included. Everything is computed in float32, under autocast
     too: a half-precision softmax loses the small terms. With several ranks zs are of the images of
-    this rank, over which the loss is the mean; `gather` concatenates the rows of all, in order.
+    this rank, as is the mean; `gather` concatenates the rows of all ranks, in order of rank.
 
     Returns two float32 scalars: the loss, log(V(N-1)+1) if all embeddings are the same; and,
     detached, the contrastive accuracy, the fraction of pairs in which j is the most similar of k.
