@@ -85,8 +85,7 @@ def plot_embedding(panels: dict[str, Tensor], labels: Tensor, classes: list[str]
         axis.set(title=title, xticks=[], yticks=[])
     if len(classes) <= 20:  # more would fill the picture
         names = [shorten(name, 16) for name in classes]
-        handles = axes[0].collections
-        figure.legend(handles, names, loc="outside right center", markerscale=2)
+        figure.legend(axes[0].collections, names, loc="outside right center", markerscale=2)
     return figure
 
 

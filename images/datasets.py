@@ -148,9 +148,7 @@ def draw_stratified(labels: Tensor, amount: float, seed: int) -> Tensor:
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Hold out a stratified fraction, but never a class's only image: the other indices, and these.
-
-    Raises UserError if there is none.
-    """
+    Raises UserError if there is none."""
     held_out = draw_stratified(labels, fraction, seed)
     held_out = held_out[labels.bincount()[labels[held_out]] > 1]
     if len(held_out) == 0:

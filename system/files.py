@@ -87,8 +87,7 @@ def locked(directory: Path, name: str, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(blocking=wait)
     except Timeout:
-        used = f"{directory} is in use by another {name}.py"
-        raise UserError(f"{used}: wait until that ends, or {OTHER}") from None
+        raise UserError(f"{directory} is in use by another {name}.py: wait, or {OTHER}") from None
     except (OSError, NotImplementedError) as error:  # the second: where there are no locks at all
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{directory} cannot be locked ({reason}): choose another") from None

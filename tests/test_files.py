@@ -59,9 +59,7 @@ def test_a_lock_that_is_held_or_cannot_be_is_refused(tmp_path, monkeypatch):
     """Within the block nothing is caught, and after it the lock is free again."""
     for _ in range(2):
         with pytest.raises(OSError, match="of the block"), locked(tmp_path, "simclr"):
-            in_use = (
-                r"in use by another simclr\.py: wait until that ends, or choose another run dir"
-            )
+            in_use = r"in use by another simclr\.py: wait, or choose another run dir"
             with pytest.raises(UserError, match=in_use), locked(tmp_path, "simclr"):
                 pass
             with locked(tmp_path, "simclr_lin"):  # an evaluation beside a training is no conflict

@@ -405,13 +405,16 @@ def test_the_seconds_before_a_stop_count(run, monkeypatch):
 
 
 def test_a_state_is_written_every_save_minutes(run, monkeypatch):
-    slow_steps(monkeypatch, 20)  # a minute an epoch
-    written = []
-    save = Run.save
-    monkeypatch.setattr(Run, "save", lambda self: written.append(self.epoch) or save(self))
-    for name, minutes in (("often", 0), ("seldom", 10), ("between", 2)):
+    slow_steps(monkeypatch, 20)  # a step: an epoch takes a minute
+    written, save = [], Run.save
+    monkeypatch.setattr(Run, "save", lambda self: written.append(self.step) or save(self))
+    for name, minutes in (("often", 0.5), ("seldom", 10), ("within epochs", 1.3)):
         run(name, f"save_minutes={minutes}")
-    assert written == [0, 1, 2, 3, 0, 3, 0, 2, 3]
+    assert written == [0, 2, 4, 6, 8, 9, 0, 9, 0, 4, 8, 9]
+    monkeypatch.setattr(Run, "_write", lambda run, *_: run.step and run.unwritten.update(state="x"))
+    with pytest.raises(UserError, match="x"):
+        run("full disk", "save_minutes=1.3")
+    assert written[12:] == [0, 4, 8, 9, 9]
 
 
 def test_the_ranks_compare_the_states_that_they_see(run, monkeypatch):

@@ -137,6 +137,9 @@ class Run:
         self.between_steps = self._position()
         if self.steps_done == self.steps or time.perf_counter() - self.clock > 1:
             self._read_metrics()
+            if time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes:
+                self.save()
+                self.clock = time.perf_counter()
         self.check_signal()
 
     def _read_metrics(self) -> None:
@@ -196,7 +199,7 @@ class Run:
         if last or self.epoch % self.cfg.log_interval == 0:
             self._save_checkpoint()
         # after the weights: a complete state implies that they are on disk
-        if last or time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes:
+        if last:
             self.save()
         self.clock = time.perf_counter()
 
@@ -218,9 +221,10 @@ class Run:
                 "config": asdict(self.cfg),
             }
             self._write("state", path, to_bytes(content))
+        self.saved_at = time.monotonic()  # or tried to: a full disk does not warn in every step
         if "state" in self.unwritten:
             return False
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.saved_step = self.step
         return True
 
     def _write(self, what: str, path: Path, content: bytes) -> None:
