@@ -152,7 +152,7 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     held_out = draw_stratified(labels, fraction, seed)
     held_out = held_out[labels.bincount()[labels[held_out]] > 1]
     if len(held_out) == 0:
-        raise UserError("no class has two labelled images: take more labels, or knn_interval=0")
+        raise UserError("no class has two labelled images: take more (pretraining: knn_interval=0)")
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[held_out] = False
     return rest.nonzero()[:, 0], held_out

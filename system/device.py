@@ -24,8 +24,7 @@ def select_device(name: str) -> torch.device:
     torch cannot use. Raises ConfigError for a device that this machine does not have."""
     problem = find_cuda_problem() if name in ("auto", "cuda") else None
     names = ["cuda"] if problem is None and torch.cuda.is_available() else []
-    names += ["mps"] if torch.backends.mps.is_available() else []
-    names += ["cpu"]
+    names += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if name not in ("auto", *names):
         allowed = f"one that this machine has, {', '.join(names)}, or auto"
         raise ConfigError(f"device={name}: must be {allowed} ({problem or 'no such device'})")

@@ -19,7 +19,7 @@ from yaml import YAMLError
 # What asks a process to end: a closed SSH session sends SIGHUP, Ctrl-\ SIGQUIT; SLURM, SGE and LSF
 # warn with SIGUSR1, SIGUSR2 or, for the CPU time, SIGXCPU. Windows has SIGTERM and SIGINT alone.
 STOP = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGQUIT")
-AT_ONCE = ("SIGTERM", "SIGINT", "SIGQUIT")  # ends at once if it comes again; SIGXCPU always does
+AT_ONCE = ("SIGTERM", "SIGINT", "SIGQUIT")  # a second one ends at once; SIGXCPU always comes again
 SAME = 1.0  # seconds in which a second signal is the first: terminal and torchrun both send one
 OF_HYDRA = ("Unable to configure", "Config group override")  # ValueErrors, for a user's values
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate|not enough memory|ALLOC_FAILED", re.I)

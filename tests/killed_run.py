@@ -32,7 +32,7 @@ class Operations:
         fsync, replace = os.fsync, os.replace
 
         def sync(descriptor: int) -> None:
-            self.at("fsync")  # of a file that is written, then of the directory
+            self.at("fsync")
             fsync(descriptor)
 
         def rename(old: Path, new: Path) -> None:

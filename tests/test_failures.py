@@ -99,15 +99,15 @@ def test_a_process_has_its_directory_for_itself_and_a_signal_ends_it_in_one_line
     assert "Traceback" not in "".join(lines) and last_state(run)["step"] >= 1
 
 
-def test_ranks_end_after_the_state_is_written(cfg, tmp_path, monkeypatch):
-    """A rank that ends makes torchrun end the others, in the middle of a write."""
+def test_ranks_wait_for_the_reading_of_init_and_the_last_state(cfg, tmp_path, monkeypatch):
     done, write = [], training.run.write_file
+    monkeypatch.setattr(training.run, "move_aside", lambda run_dir: done.append("moved"))
     monkeypatch.setattr(training.run, "write_file", lambda *a: write(*a) or done.append(a[0].name))
     monkeypatch.setattr(training.run, "all_reduce_max", lambda n: done.append("barrier") or n)
     between_steps(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with handler("SIGTERM", signal.SIG_DFL), pytest.raises(Stopped):
-        simclr.pretrain(cfg(), tmp_path)
-    assert done[-2:] == [LAST, "barrier"]
+        simclr.pretrain(cfg("resume=false"), tmp_path)
+    assert done[:2] == ["barrier", "moved"] and done[-2:] == [LAST, "barrier"]
 
 
 def full_disk(monkeypatch, fails, number=28):
@@ -127,13 +127,13 @@ def full_disk(monkeypatch, fails, number=28):
 def test_a_save_that_fails_is_a_warning_and_the_next_one_succeeds(
     cfg, tmp_path, caplog, monkeypatch, number
 ):
-    """A full disk, or a directory that is read-only, in the second epoch."""
-    fails = {(LAST, 3), ("simclr_resnet18_epoch2.pt", 1), ("metrics.jsonl", 3)}
+    """A full disk, or a directory that is read-only, in the second epoch, and at the end."""
+    fails = {(LAST, 3), (LAST, 5), ("simclr_resnet18_epoch2.pt", 1), ("metrics.jsonl", 3)}
     full_disk(monkeypatch, lambda name, n: (name, n) in fails, number)
     simclr.pretrain(cfg("log_interval=1"), tmp_path)
     reason = f"could not be written ({os.strerror(number)})"
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 3 and all(reason in warning for warning in warnings)
+    assert len(warnings) == 4 and all(reason in warning for warning in warnings)
     assert last_state(tmp_path)["step"] == 9 and not list(tmp_path.glob("*.tmp"))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]

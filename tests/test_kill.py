@@ -1,7 +1,7 @@
 """kill -9 at any moment leaves a run that goes on, and ends bit-identical.
 
 pytest tests/test_kill.py                          # 8 kills, and one at each operation of a save
-KILLS=200 pytest -n 0 -s tests/test_kill.py        # the number in docs/reliability.md
+KILLS=200 pytest -n 0 -s tests/test_kill.py        # more kills
 """
 
 import json

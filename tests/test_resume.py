@@ -287,10 +287,10 @@ def test_another_config_is_refused_with_the_ways_on_and_changes_no_file(run):
     ):
         with pytest.raises(ConfigError, match=f"^{reason}: must be as in {folder} to ") as error:
             run("run", override)
-        for way in ("start over with resume=false", "hydra.run.dir=PATH", f"init={folder}"):
+        for way in ("start over with resume=false", "hydra.run.dir=PATH", f"init={folder / LAST}"):
             assert way in str(error.value)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert lines(run("longer", "epochs=4", f"init={folder}"))[-1]["epoch"] == 4
+    assert lines(run("longer", "epochs=4", f"init={folder / LAST}"))[-1]["epoch"] == 4
 
 
 def test_a_state_of_an_earlier_version_is_refused_with_the_reason(run):

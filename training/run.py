@@ -48,7 +48,7 @@ class Run:
         self.step_metrics: list[dict[str, float]] = []  # of the current epoch
         self.pending: list[Tensor] = []  # the same of the last steps, still on the device
         self.seconds, self.clock = 0.0, time.perf_counter()  # that these steps took; since when
-        self.saved_step, self.saved_at = -1, time.monotonic()
+        self.saved, self.saved_at = (-1, 0), time.monotonic()  # step and epoch; when
         self.unwritten: dict[str, str] = {}  # what was not written, and why
         self.board, self.stop = diagnostics.TensorBoard(run_dir), StopSignals()
         self.untrained_rank: float | None = None
@@ -76,6 +76,7 @@ class Run:
         else:
             if self.cfg.init:
                 load_init(self.learner.model.enc, self.cfg.init)
+            all_reduce_max(0)  # a barrier: init may be among what rank 0 moves
             if rank() == 0 and not self.cfg.resume:
                 move_aside(self.run_dir)
             self.save()
@@ -89,7 +90,7 @@ class Run:
             raise UserError(f"{self.run_dir} was trained on other images: {START_OVER}")
         self.learner.restore(saved)
         self.history, self.step_metrics = saved["history"], saved["step_metrics"]
-        self.seconds, self.saved_step = saved["seconds"], saved["step"]
+        self.seconds, self.saved = saved["seconds"], (self.step, self.epoch)
         line = f"{self.run_dir}: {self.epoch} epochs and {self.steps_done} steps are done"
         if self.epoch == self.cfg.epochs:
             line = f"{self.run_dir} holds this run, complete; resume=false starts over"
@@ -120,7 +121,7 @@ class Run:
                 again = self.stop.received is not None  # a second signal, or its save has failed
                 if self._position() != self.between_steps:
                     log.warning("warning: the last step was cut short or diverged: it is not saved")
-                elif not again and self.step != self.saved_step:
+                elif not again and (self.step, self.epoch) != self.saved:
                     self.save()
         self.check_written()
         line = diagnostics.summary(self.history[-1], self.cfg, self.untrained_rank)
@@ -173,7 +174,7 @@ class Run:
         self.stop.act(number, where)
 
     def end_epoch(self, knn_acc: float | None, effective_rank: float | None) -> None:
-        """Complete the epoch and write what is due: metrics, weights, training state."""
+        """Complete the epoch and write what is due: metrics, weights, at the end the state."""
         learning_rate, size = schedule(self.cfg, self.step - 1, self.total_steps)
         line = {
             "epoch": self.epoch + 1,
@@ -224,7 +225,7 @@ class Run:
         self.saved_at = time.monotonic()  # or tried to: a full disk does not warn in every step
         if "state" in self.unwritten:
             return False
-        self.saved_step = self.step
+        self.saved = self.step, self.epoch
         return True
 
     def _write(self, what: str, path: Path, content: bytes) -> None:

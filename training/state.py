@@ -61,7 +61,7 @@ def find_state(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
     changed = [f"{key}={now} (was {before})" for key, now, before in pairs if now != before]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)}: must be as in {run_dir} to resume it; {START_OVER}; beside "
-            f"either init={run_dir} starts from these weights (the schedule starts again)"
+            f"{', '.join(changed)}: must be as in {run_dir} to resume it; {START_OVER}; with "
+            f"either, init={paths[0]} starts from these weights (the schedule starts again)"
         )
     return saved
