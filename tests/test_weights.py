@@ -13,24 +13,23 @@ from models import SimCLR
 from system.checkpoint import load_checkpoint, load_encoder, load_init
 
 WEIGHTS = REPOSITORY / "weights" / "resnet18.pt"
-DATA = REPOSITORY / "data"
+DATA, PNG = REPOSITORY / "data", REPOSITORY / "data" / "cifar10-png"
 KNN = 0.648  # of 1,000 test images by 5,000 training images
 
 
 def test_the_weights_load_and_their_features_differ():
     enc, feature_dim = load_encoder(WEIGHTS)
     h = enc(torch.rand(4, 3, 32, 32))
-    assert h.shape == (4, 512) and feature_dim == 512 and h.isfinite().all()
+    assert h.shape == (4, feature_dim) and feature_dim == 512 and h.isfinite().all()
     assert h.std(dim=0).mean() > 0.01 and WEIGHTS.stat().st_size < 23e6
     assert "data_dir" not in load_checkpoint(WEIGHTS)["config"]
 
 
 def test_their_knn_accuracy_is_that_of_the_card(config):
-    if not (DATA / "cifar10-png").is_dir() and not (DATA / "cifar-10-batches-py").is_dir():
+    if not PNG.is_dir() and not (DATA / "cifar-10-batches-py").is_dir():
         pytest.skip("without CIFAR-10 in data: downloaded, or as image files in data/cifar10-png")
-    png = "dataset=folder", f"data_dir={DATA}/cifar10-png"
-    where = png if (DATA / "cifar10-png").is_dir() else [f"data_dir={DATA}"]
-    cfg = config(*where, "precision=fp32")
+    files = ["dataset=folder", f"data_dir={PNG}"] if PNG.is_dir() else [f"data_dir={DATA}"]
+    cfg = config(*files, "precision=fp32")
     train, test = (load_split(cfg, split) for split in ("train", "test"))
     enc, index = load_encoder(WEIGHTS)[0], slice(None, None, 10)  # of each class as many
     bank, queries = (clean_features(enc, s.images[index], cfg) for s in (train, test))

@@ -48,7 +48,7 @@ class Run:
         self.step_metrics: list[dict[str, float]] = []  # of the current epoch
         self.pending: list[Tensor] = []  # the same of the last steps, still on the device
         self.seconds, self.clock = 0.0, time.perf_counter()  # that these steps took; since when
-        self.saved, self.saved_at = (-1, 0), time.monotonic()  # step and epoch; when
+        self.saved, self.saved_at = (-1, 0), time.monotonic()  # step and epoch; when it was tried
         self.unwritten: dict[str, str] = {}  # what was not written, and why
         self.board, self.stop = diagnostics.TensorBoard(run_dir), StopSignals()
         self.untrained_rank: float | None = None
@@ -222,7 +222,7 @@ class Run:
                 "config": asdict(self.cfg),
             }
             self._write("state", path, to_bytes(content))
-        self.saved_at = time.monotonic()  # or tried to: a full disk does not warn in every step
+        self.saved_at = time.monotonic()  # or tried: a full disk does not warn in every step
         if "state" in self.unwritten:
             return False
         self.saved = self.step, self.epoch
