@@ -14,7 +14,7 @@ from system.checkpoint import load_checkpoint, load_encoder, load_init
 
 WEIGHTS = REPOSITORY / "weights" / "resnet18.pt"
 DATA, PNG = REPOSITORY / "data", REPOSITORY / "data" / "cifar10-png"
-KNN = 0.648  # of 1,000 test images by 5,000 training images
+KNN = 0.656  # of 1,000 test images by 5,000 training images
 
 
 def test_the_weights_load_and_their_features_differ():
