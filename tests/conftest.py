@@ -104,7 +104,7 @@ def make_images(root: Path, classes: int = 3, **splits: int) -> Path:
 def toy_config(data: Path, *overrides: str) -> Config:
     """A config for runs of a second on `data`, with images of 8×8 pixels."""
     size = ["image_size=8", "batch_size=8", "epochs=2", "finetune_epochs=2", "device=cpu"]
-    fixed = "finetune_learning_rate=0.003125", "precision=fp32"  # no choice; the same on any machine
+    fixed = "finetune_learning_rate=0.003125", "precision=fp32"  # no choice, on any machine
     return make_config("dataset=folder", f"data_dir={data}", *size, *fixed, *overrides)
 
 
