@@ -1,6 +1,6 @@
 """Time to the same kNN accuracy: the plain pipeline against simclr.py, on images of your own.
 
-    python benchmarks/time_to_accuracy.py data/cifar10-jpeg              # IMAGES
+    python benchmarks/time_to_accuracy.py data/cifar10-png               # IMAGES
     python benchmarks/time_to_accuracy.py IMAGES --epochs 4 --seed 0 1 2 --runs plain same
 
 ResNet-18, the same images and seed in every run: `plain` (see plain.py), `same` (simclr.py with the
@@ -8,8 +8,8 @@ same recipe, views and epochs), `fast` (simclr.py with recipe=fast, over --fast-
 The runs take turns, epoch by epoch, so that a noisy machine favours none; each has a clock that
 counts its training alone. kNN is that of simclr_lin.py, k = 10, on test images at 32×32, after each
 epoch of the last 40 %. The first time that a run has the accuracy with which `plain` ends is
-compared with the end of `plain`, and with the first time that `plain` had it. An hour and more with
-the defaults, of which the plain pipeline took 33 minutes on two cores of an AMD EPYC (Zen 5).
+compared with the end of `plain`, and with the first time that `plain` had it. The defaults take an
+hour and more on two cores, most of it in the plain pipeline.
 """
 
 import time
