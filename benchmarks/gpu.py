@@ -49,7 +49,7 @@ from system.device import select_device
 
 REPOSITORY = Path(__file__).parent.parent
 SIMSIAM = ["recipe=simsiam", "learning_rate='${per_256:0.06,${batch_size}}'"]  # twice its own
-FAST = ["recipe=fast", "views=2", "view_sizes=[[24,1]]"]  # four are measured for one epoch
+FAST = ["recipe=fast", "views=2", "view_sizes=[[24,1]]"]  # four: measured for 1 to 4 epochs
 LEVERS = {  # of the race, one run each
     "fast-t0.1": [*FAST, "temperature=0.1"],
     "fast-t0.2": [*FAST, "temperature=0.2"],

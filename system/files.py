@@ -21,7 +21,7 @@ log = logging.getLogger("simclr")
 
 OTHER = "choose another run directory with hydra.run.dir=PATH"
 # What a run, its evaluation and its pictures write, beside results.json.
-WEIGHTS = re.compile(r"simclr_\w+_(epoch[1-9]\d*|last|previous)\.pt")
+WEIGHTS = re.compile(r"simclr_\w+_(epoch[1-9]\d*|last)\.pt")
 RUN_FILES = re.compile(
     rf"{WEIGHTS.pattern}|config\.yaml|metrics\.jsonl|events\.out\.tfevents\..+\.simclr"
     r"|(curves|views|embedding|neighbours)\.(png|svg)"

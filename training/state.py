@@ -54,12 +54,11 @@ def find_state(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
         raise UserError(f"{error}: {START_OVER}") from None
     if "random" in saved or not set(saved) >= STATE:
         raise UserError(f"{paths[0]}: of another version, with other random numbers: {START_OVER}")
-    old, new = {"views": 2, **saved["config"]}, asdict(cfg)  # a key since commit b41ae91
     left_out = [*may_change(), "precision"] if cfg.precision == "auto" else may_change()
-    keys = [key for key in new if key not in left_out]  # others are of an earlier version
-    pairs = [(key, new.get(key, "absent"), old.get(key, "absent")) for key in keys]
-    changed = [f"{key}={now} (was {before})" for key, now, before in pairs if now != before]
-    if changed:
+    old, new = saved["config"], asdict(cfg)  # keys that only an old version has do not count
+    differ = [key for key in new if key not in left_out and new[key] != old.get(key, "absent")]
+    if differ:
+        changed = [f"{key}={new[key]} (was {old.get(key, 'absent')})" for key in differ]
         raise ConfigError(
             f"{', '.join(changed)}: must be as in {run_dir} to resume it; {START_OVER}; with "
             f"either, init={paths[0]} starts from these weights (the schedule starts again)"
